@@ -1,0 +1,269 @@
+"""The nouns: ids and frozen records that cross rooms. Owns no behaviour beyond derived values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+NodeId = NewType("NodeId", str)
+"""32 lower-case hex digits: the head of SHA-256 over the node's public key (DER)."""
+
+RequestId = NewType("RequestId", str)
+"""Made by the client; 1 to 64 characters of ``[A-Za-z0-9._:-]``. A repeat is answered, not done again."""
+
+PROTOCOL_VERSION_MIN = 1
+PROTOCOL_VERSION_MAX = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Address:
+    """Where a listener can be reached. ``host`` is a name or a bare IP literal (IPv6 without brackets)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class NodeState(Enum):
+    """What this node believes of a member.
+
+    ``UNREACHABLE``: others hear it, we do not (a cut or one-way link); never routed to.
+    """
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    UNREACHABLE = "unreachable"
+    DEAD = "dead"
+    LEFT = "left"
+
+
+class EngineState(Enum):
+    """What the engine's process is doing; anything but READY takes no work."""
+
+    LOADING = "loading"
+    READY = "ready"
+    LOST = "lost"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy one node is, as it says itself. Speeds are measured; 0 means not yet known.
+
+    ``decode_tokens_per_s`` is one stream's speed at the present batch size.
+    ``pending_prefill_tokens`` and ``pending_decode_tokens`` bound the work admitted and queued.
+    """
+
+    engine: EngineState = EngineState.LOADING
+    slots: int = 0
+    running: int = 0
+    queued: int = 0
+    queue_max: int = 0
+    kv_cells_used: int = 0
+    kv_cells_total: int = 0
+    pending_prefill_tokens: int = 0
+    pending_decode_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    draining: bool = False
+
+    @property
+    def slots_free(self) -> int:
+        return max(0, self.slots - self.running)
+
+    @property
+    def kv_pressure(self) -> float:
+        """Share of KV cells in use, 0 to 1."""
+        return self.kv_cells_used / self.kv_cells_total if self.kv_cells_total else 0.0
+
+    @property
+    def accepting(self) -> bool:
+        """Whether one more request could be queued here."""
+        return (
+            self.engine is EngineState.READY
+            and not self.draining
+            and (self.slots_free > 0 or self.queued < self.queue_max)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Domain:
+    """What a profile is good at, in the words that the classifier learns from."""
+
+    name: str
+    description: str
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOffer:
+    """One profile that a node serves. ``model`` is the model's name, ``fingerprint`` its content's hash.
+
+    A profile without domains is a generalist: it answers what no specialist owns.
+    """
+
+    name: str
+    model: str
+    fingerprint: str
+    domains: tuple[Domain, ...] = ()
+    tier: int = 1
+    context_tokens: int = 2048
+
+    @property
+    def generalist(self) -> bool:
+        return not self.domains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one node says of itself in the directory: slow facts, one signed row a node.
+
+    ``addresses`` lists the peer listener's addresses, ``client_addresses`` those that clients can reach.
+    """
+
+    id: NodeId
+    name: str
+    mesh: str
+    incarnation: int
+    sequence: int
+    addresses: tuple[Address, ...]
+    client_addresses: tuple[Address, ...]
+    profiles: tuple[ProfileOffer, ...] = ()
+    version: str = ""
+    protocol_min: int = PROTOCOL_VERSION_MIN
+    protocol_max: int = PROTOCOL_VERSION_MAX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One node as another sees it: liveness and load from heartbeats, offers from the directory.
+
+    ``address`` is the peer address that works for us; ``rtt_s`` is 0 while unmeasured.
+    """
+
+    id: NodeId
+    name: str
+    address: Address
+    state: NodeState
+    incarnation: int
+    load: Load = field(default_factory=Load)
+    rtt_s: float = 0.0
+    row: Row | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshView:
+    """The mesh as one node sees it now: immutable, ordered by node id, the local node included."""
+
+    local: NodeId
+    members: tuple[Member, ...]
+    revision: int = 0
+
+
+class FinishReason(Enum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Priority(Enum):
+    """Which queue a request waits in; lower values go first."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; ``seed`` None lets the engine choose one."""
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 256
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a chat. ``role`` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the model is to go on from: exactly one of ``text``, ``token_ids`` and ``messages`` is set."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] = ()
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Some tokens of one generation, in order and without gaps.
+
+    ``text`` may lag behind ``token_ids``: it is held back while it ends inside a character or may be
+    the beginning of a stop string.
+    """
+
+    generation_id: str
+    epoch: int
+    first_token_index: int
+    token_ids: tuple[int, ...]
+    text: str
+
+    @property
+    def next_token_index(self) -> int:
+        return self.first_token_index + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of one generation. ``cached_tokens`` of the prompt did not have to be computed."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One try at serving a request. ``reason`` is ``served`` or the code of the error that ended it.
+
+    ``last_token_index`` is exclusive: an attempt that delivered nothing has both indices equal.
+    """
+
+    node: NodeId
+    model_fingerprint: str
+    epoch: int
+    first_token_index: int
+    last_token_index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """How one generation ended at the engine that ran it."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    matched_stop: str = ""
+    seed: int = 0

@@ -1,0 +1,91 @@
+"""The port behind which every engine stands: the real one in a child process, the fake in simulations.
+
+Owns: what a job is, what comes back, and what may be asked. Must not: know gRPC, llama.cpp or asyncio
+beyond the types of its methods. ``tests/contract`` runs one suite over every implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fieldmesh.core.model import Chunk, Completion, Load, Priority, Prompt, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One generation for an engine.
+
+    ``resume_token_ids`` were delivered by an earlier attempt: they are prefilled after the prompt, not
+    sampled, and the first chunk's ``first_token_index`` is their count. ``deadline_s`` is the time left
+    when the job is handed over; the engine stops within one step of it.
+    """
+
+    generation_id: str
+    prompt: Prompt
+    sampling: Sampling
+    epoch: int = 0
+    priority: Priority = Priority.NORMAL
+    tenant: str = ""
+    deadline_s: float | None = None
+    resume_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The job was admitted: its prompt was tokenised and fits. Sent once, before any chunk."""
+
+    prompt_tokens: int
+
+
+JobEvent = Started | Chunk | Completion
+"""What a job yields: one Started, chunks without gaps, one Completion; or it raises a FieldmeshError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What was loaded. ``fingerprint`` is the hex SHA-256 that names the model's content."""
+
+    model: str
+    fingerprint: str
+    architecture: str
+    parameters: int
+    context_tokens: int
+    slots: int
+    vocabulary_tokens: int
+    threads: int
+    chat_template: bool = True
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A running engine. All methods belong to one event loop."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model; returns when jobs are taken. Raises ModelFileInvalid, EngineNotReady."""
+        ...
+
+    def submit(self, job: Job) -> AsyncIterator[JobEvent]:
+        """Run one job. Closing the iterator cancels the job within one step.
+
+        Raises (from the iterator) QueueFull, PromptTooLong, InvalidRequest, EngineLost, EngineNotReady,
+        SlowReader, DeadlineExceeded, Cancelled.
+        """
+        ...
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt (messages pass through the chat template first)."""
+        ...
+
+    def load(self) -> Load:
+        """The latest statistics; never blocks."""
+        ...
+
+    async def wait_load_changed(self) -> Load:
+        """Return when ``load`` would say something that routing should know."""
+        ...
+
+    async def close(self) -> None:
+        """End the process and free everything; running jobs end with EngineLost."""
+        ...
