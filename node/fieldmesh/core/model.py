@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import NewType
 
@@ -252,6 +252,7 @@ class Attempt:
     """
 
     node: NodeId
+    node_name: str
     model_fingerprint: str
     epoch: int
     first_token_index: int
@@ -267,3 +268,92 @@ class Completion:
     usage: Usage
     matched_stop: str = ""
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOverrides:
+    """What a request says about sampling; None leaves the profile's default. Fields as in ``Sampling``."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool | None = None
+
+    def over(self, defaults: Sampling) -> Sampling:
+        """The sampling that results when this request meets a profile's defaults."""
+        given = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Who should answer; empty strings leave it open. A profile or model is a demand, a domain a wish."""
+
+    profile: str = ""
+    model: str = ""
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request as it entered the mesh, validated and bounded."""
+
+    request_id: RequestId
+    prompt: Prompt
+    target: Target = field(default_factory=Target)
+    sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
+    priority: Priority = Priority.NORMAL
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateNote:
+    """One line of an explained routing decision; see ``fieldmesh.v1.Candidate``."""
+
+    node: NodeId
+    node_name: str
+    profile: str
+    score: float
+    eligible: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A routing decision with everything it was made from; candidates are ordered best first."""
+
+    policy: str
+    classified_domain: str = ""
+    classified_confidence: float = 0.0
+    candidates: tuple[CandidateNote, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a request ended well, as the node it entered tells it. Times in seconds from its arrival there."""
+
+    request_id: RequestId
+    generation_id: str
+    completion: Completion
+    profile: str
+    model: str
+    domain: str
+    fallback: bool
+    entry_node: NodeId
+    entry_node_name: str
+    served_by: NodeId
+    served_by_name: str
+    attempts: tuple[Attempt, ...]
+    hops: int
+    ttft_s: float
+    duration_s: float
+    explanation: Explanation | None = None

@@ -1,0 +1,517 @@
+"""The codec of inference: requests, chunks, results and loads, to protobuf and back.
+
+Owns: every bound on what a client may send; a request that comes out of here is valid but for what only
+the serving node can know (the prompt's length in tokens, the models that exist). Must not: import grpc.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fieldmesh.core.errors import InvalidRequest
+from fieldmesh.core.model import (
+    Ask,
+    Attempt,
+    CandidateNote,
+    Chunk,
+    Completion,
+    EngineState,
+    Explanation,
+    FinishReason,
+    Load,
+    Message,
+    NodeId,
+    Priority,
+    Prompt,
+    RequestId,
+    Result,
+    SamplingOverrides,
+    Target,
+    Usage,
+)
+from fieldmesh.v1 import inference_pb2 as pb
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+ROLES: Final = ("system", "user", "assistant", "tool")
+NAME_CHARS_MAX: Final = 128
+STOPS_MAX: Final = 16
+STOP_BYTES_MAX: Final = 256
+STOP_TOKEN_IDS_MAX: Final = 64
+TOKEN_ID_MAX: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """What one request may hold. ``prompt_bytes_max`` counts the UTF-8 of all its text."""
+
+    prompt_bytes_max: int = 1_000_000
+    prompt_tokens_max: int = 131_072
+    messages_max: int = 1_000
+    max_tokens_max: int = 131_072
+
+
+# --- requests in -------------------------------------------------------------------------
+
+
+def ask_from_generate(request: pb.GenerateRequest, new_id: Callable[[], str], limits: RequestLimits) -> Ask:
+    """A validated Ask. ``new_id`` makes a request id where the client sent none. Raises InvalidRequest."""
+    match request.WhichOneof("input"):
+        case "prompt":
+            prompt = Prompt(text=_text("prompt", request.prompt, limits))
+        case "token_ids":
+            prompt = Prompt(
+                token_ids=_token_ids("token_ids", request.token_ids.ids, limits.prompt_tokens_max)
+            )
+            if not (request.target.profile or request.target.model):
+                raise InvalidRequest(
+                    "token_ids mean something only to one model: name it in target.model or target.profile",
+                    field="target.model",
+                )
+        case _:
+            raise InvalidRequest(
+                "Set prompt (text) or token_ids: there is nothing to continue", field="prompt"
+            )
+    return _ask(request, prompt, new_id, limits)
+
+
+def ask_from_chat(request: pb.ChatRequest, new_id: Callable[[], str], limits: RequestLimits) -> Ask:
+    """A validated Ask. ``new_id`` makes a request id where the client sent none. Raises InvalidRequest."""
+    prompt = Prompt(messages=_messages(request.messages, limits))
+    return _ask(request, prompt, new_id, limits)
+
+
+def prompt_from_tokenize(request: pb.TokenizeRequest, limits: RequestLimits) -> Prompt:
+    """What to tokenise. Raises InvalidRequest."""
+    if request.prompt and request.messages:
+        raise InvalidRequest("Set prompt or messages, not both", field="messages")
+    if request.messages:
+        return Prompt(messages=_messages(request.messages, limits))
+    return Prompt(text=_text("prompt", request.prompt, limits))
+
+
+def target_from_proto(target: pb.Target) -> Target:
+    """Who should answer. Raises InvalidRequest."""
+    for name in ("profile", "model", "domain"):
+        value = getattr(target, name)
+        if len(value) > NAME_CHARS_MAX:
+            raise InvalidRequest(
+                f"target.{name} has {len(value)} characters; at most {NAME_CHARS_MAX} are accepted",
+                field=f"target.{name}",
+            )
+    return Target(profile=target.profile, model=target.model, domain=target.domain)
+
+
+def _ask(
+    request: pb.GenerateRequest | pb.ChatRequest,
+    prompt: Prompt,
+    new_id: Callable[[], str],
+    limits: RequestLimits,
+) -> Ask:
+    return Ask(
+        request_id=request_id(request.request_id or new_id()),
+        prompt=prompt,
+        target=target_from_proto(request.target),
+        sampling=_overrides(request.sampling_params, limits),
+        priority=_PRIORITIES.get(request.priority, Priority.NORMAL),
+        explain=request.explain,
+    )
+
+
+def request_id(text: str) -> RequestId:
+    """``text`` as a request id. Raises InvalidRequest."""
+    if not REQUEST_ID.fullmatch(text):
+        raise InvalidRequest(
+            "request_id must have 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-'",
+            field="request_id",
+        )
+    return RequestId(text)
+
+
+def _text(field: str, text: str, limits: RequestLimits) -> str:
+    if not text:
+        raise InvalidRequest(f"{field} is empty; send at least one character", field=field)
+    # A string has at least as many UTF-8 bytes as characters: the cheap test first.
+    if len(text) > limits.prompt_bytes_max or len(text.encode()) > limits.prompt_bytes_max:
+        raise InvalidRequest(f"{field} is larger than {limits.prompt_bytes_max} bytes of UTF-8", field=field)
+    return text
+
+
+def _messages(messages: Iterable[pb.ChatMessage], limits: RequestLimits) -> tuple[Message, ...]:
+    found = tuple(Message(role=message.role, content=message.content) for message in messages)
+    if not found:
+        raise InvalidRequest("messages is empty; send at least one message", field="messages")
+    if len(found) > limits.messages_max:
+        raise InvalidRequest(
+            f"messages has {len(found)} entries; at most {limits.messages_max} are accepted", field="messages"
+        )
+    bytes_total = 0
+    for index, message in enumerate(found):
+        if message.role not in ROLES:
+            raise InvalidRequest(
+                f"messages[{index}].role is {message.role[:40]!r}; accepted are {', '.join(ROLES)}",
+                field=f"messages[{index}].role",
+            )
+        bytes_total += len(message.content.encode())
+    if bytes_total > limits.prompt_bytes_max:
+        raise InvalidRequest(
+            f"messages hold {bytes_total} bytes of text; at most {limits.prompt_bytes_max} are accepted",
+            field="messages",
+        )
+    if not any(message.content for message in found):
+        raise InvalidRequest(
+            "messages hold no text; send at least one character", field="messages[0].content"
+        )
+    return found
+
+
+def _token_ids(field: str, ids: Iterable[int], count_max: int) -> tuple[int, ...]:
+    found = tuple(ids)
+    if not found:
+        raise InvalidRequest(f"{field} is empty; send at least one token id", field=field)
+    if len(found) > count_max:
+        raise InvalidRequest(
+            f"{field} has {len(found)} entries; at most {count_max} are accepted", field=field
+        )
+    if min(found) < 0:
+        raise InvalidRequest(f"{field} holds {min(found)}; token ids are not negative", field=field)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    low: float
+    high: float
+    low_excluded: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_excluded else value >= self.low
+        return math.isfinite(value) and above and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'above ' if self.low_excluded else ''}{self.low:g} to {self.high:g}"
+
+
+_RANGES: Final = {
+    "temperature": _Range(low=0, high=5),
+    "top_p": _Range(low=0, high=1, low_excluded=True),
+    "top_k": _Range(low=0, high=1000),
+    "min_p": _Range(low=0, high=1),
+    "frequency_penalty": _Range(low=-2, high=2),
+    "presence_penalty": _Range(low=-2, high=2),
+    "repetition_penalty": _Range(low=0, high=5, low_excluded=True),
+}
+
+
+def _overrides(params: pb.SamplingParams, limits: RequestLimits) -> SamplingOverrides:
+    ranges = _RANGES | {
+        "max_tokens": _Range(low=1, high=limits.max_tokens_max),
+        "min_tokens": _Range(low=0, high=limits.max_tokens_max),
+    }
+    given: dict[str, Any] = {}
+    for name, accepted in ranges.items():
+        if params.HasField(name):  # type: ignore[arg-type]
+            value = getattr(params, name)
+            if value not in accepted:
+                raise InvalidRequest(
+                    f"sampling_params.{name} is {value:g}; accepted is {accepted}",
+                    field=f"sampling_params.{name}",
+                )
+            given[name] = value
+    if params.HasField("seed"):
+        given["seed"] = params.seed
+    if params.HasField("ignore_eos"):
+        given["ignore_eos"] = params.ignore_eos
+    if params.stop:
+        given["stop"] = _stops(params.stop)
+    if params.stop_token_ids:
+        field = "sampling_params.stop_token_ids"
+        given["stop_token_ids"] = _token_ids(field, params.stop_token_ids, STOP_TOKEN_IDS_MAX)
+    return SamplingOverrides(**given)
+
+
+def _stops(stops: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(stops)
+    field = "sampling_params.stop"
+    if len(found) > STOPS_MAX:
+        raise InvalidRequest(
+            f"{field} has {len(found)} strings; at most {STOPS_MAX} are accepted", field=field
+        )
+    for index, stop in enumerate(found):
+        if not 1 <= len(stop.encode()) <= STOP_BYTES_MAX:
+            raise InvalidRequest(
+                f"{field}[{index}] must have 1 to {STOP_BYTES_MAX} bytes of UTF-8", field=f"{field}[{index}]"
+            )
+    return found
+
+
+_PRIORITIES: Final = {
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_BATCH: Priority.BATCH,
+}
+_PRIORITIES_OUT: Final = {core: wire for wire, core in _PRIORITIES.items()}
+
+
+# --- requests out ------------------------------------------------------------------------
+
+
+def generate_from_ask(ask: Ask) -> pb.GenerateRequest:
+    """The Generate request that says ``ask``, whose prompt is text or token ids."""
+    request = pb.GenerateRequest()
+    _fill(request, ask)
+    if ask.prompt.text is not None:
+        request.prompt = ask.prompt.text
+    else:
+        request.token_ids.ids.extend(ask.prompt.token_ids)
+    return request
+
+
+def chat_from_ask(ask: Ask) -> pb.ChatRequest:
+    """The Chat request that says ``ask``, whose prompt is messages."""
+    request = pb.ChatRequest()
+    _fill(request, ask)
+    request.messages.extend(messages_to_proto(ask.prompt.messages))
+    return request
+
+
+def messages_to_proto(messages: Iterable[Message]) -> list[pb.ChatMessage]:
+    """Turns of a conversation."""
+    return [pb.ChatMessage(role=message.role, content=message.content) for message in messages]
+
+
+def target_to_proto(target: Target) -> pb.Target:
+    """Who should answer."""
+    return pb.Target(profile=target.profile, model=target.model, domain=target.domain)
+
+
+def _fill(request: pb.GenerateRequest | pb.ChatRequest, ask: Ask) -> None:
+    request.request_id = ask.request_id
+    request.target.CopyFrom(target_to_proto(ask.target))
+    request.priority = _PRIORITIES_OUT[ask.priority]
+    request.explain = ask.explain
+    params = request.sampling_params
+    for name in (*_RANGES, "max_tokens", "min_tokens", "seed", "ignore_eos"):
+        value = getattr(ask.sampling, name)
+        if value is not None:
+            setattr(params, name, value)
+    params.stop.extend(ask.sampling.stop or ())
+    params.stop_token_ids.extend(ask.sampling.stop_token_ids or ())
+
+
+# --- streams -----------------------------------------------------------------------------
+
+
+def chunk_to_proto(chunk: Chunk) -> pb.Chunk:
+    """One chunk."""
+    return pb.Chunk(
+        generation_id=chunk.generation_id,
+        epoch=chunk.epoch,
+        first_token_index=chunk.first_token_index,
+        token_ids=chunk.token_ids,
+        text=chunk.text,
+    )
+
+
+def chunk_from_proto(chunk: pb.Chunk) -> Chunk:
+    """One chunk."""
+    return Chunk(
+        generation_id=chunk.generation_id,
+        epoch=chunk.epoch,
+        first_token_index=chunk.first_token_index,
+        token_ids=tuple(chunk.token_ids),
+        text=chunk.text,
+    )
+
+
+_FINISH: Final = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+_FINISH_IN: Final = {wire: core for core, wire in _FINISH.items()}
+
+
+def result_to_proto(result: Result) -> pb.Complete:
+    """The end of a stream."""
+    complete = pb.Complete(
+        generation_id=result.generation_id,
+        request_id=result.request_id,
+        profile=result.profile,
+        model=result.model,
+        domain=result.domain,
+        fallback=result.fallback,
+        entry_node_id=result.entry_node,
+        entry_node=result.entry_node_name,
+        served_by_id=result.served_by,
+        served_by=result.served_by_name,
+        attempts=[_attempt_to_proto(attempt) for attempt in result.attempts],
+        hops=result.hops,
+        ttft_s=result.ttft_s,
+        duration_s=result.duration_s,
+    )
+    fill_completion(complete, result.completion)
+    if result.explanation is not None:
+        complete.explanation.CopyFrom(_explanation_to_proto(result.explanation))
+    return complete
+
+
+def fill_completion(complete: pb.Complete, completion: Completion) -> None:
+    """Write what the engine said into ``complete``."""
+    complete.finish_reason = _FINISH[completion.finish_reason]
+    complete.matched_stop = completion.matched_stop
+    complete.seed = completion.seed
+    complete.usage.prompt_tokens = completion.usage.prompt_tokens
+    complete.usage.cached_tokens = completion.usage.cached_tokens
+    complete.usage.completion_tokens = completion.usage.completion_tokens
+
+
+def completion_from_proto(complete: pb.Complete) -> Completion:
+    """What the engine said."""
+    return Completion(
+        finish_reason=_FINISH_IN.get(complete.finish_reason, FinishReason.ERROR),
+        matched_stop=complete.matched_stop,
+        seed=complete.seed,
+        usage=Usage(
+            prompt_tokens=complete.usage.prompt_tokens,
+            cached_tokens=complete.usage.cached_tokens,
+            completion_tokens=complete.usage.completion_tokens,
+        ),
+    )
+
+
+def result_from_proto(complete: pb.Complete) -> Result:
+    """The end of a stream."""
+    return Result(
+        request_id=RequestId(complete.request_id),
+        generation_id=complete.generation_id,
+        completion=completion_from_proto(complete),
+        profile=complete.profile,
+        model=complete.model,
+        domain=complete.domain,
+        fallback=complete.fallback,
+        entry_node=NodeId(complete.entry_node_id),
+        entry_node_name=complete.entry_node,
+        served_by=NodeId(complete.served_by_id),
+        served_by_name=complete.served_by,
+        attempts=tuple(_attempt_from_proto(attempt) for attempt in complete.attempts),
+        hops=complete.hops,
+        ttft_s=complete.ttft_s,
+        duration_s=complete.duration_s,
+        explanation=_explanation_from_proto(complete.explanation)
+        if complete.HasField("explanation")
+        else None,
+    )
+
+
+def _attempt_to_proto(attempt: Attempt) -> pb.Attempt:
+    return pb.Attempt(
+        node_id=attempt.node,
+        node_name=attempt.node_name,
+        model_fingerprint=attempt.model_fingerprint,
+        epoch=attempt.epoch,
+        first_token_index=attempt.first_token_index,
+        last_token_index=attempt.last_token_index,
+        reason=attempt.reason,
+    )
+
+
+def _attempt_from_proto(attempt: pb.Attempt) -> Attempt:
+    return Attempt(
+        node=NodeId(attempt.node_id),
+        node_name=attempt.node_name,
+        model_fingerprint=attempt.model_fingerprint,
+        epoch=attempt.epoch,
+        first_token_index=attempt.first_token_index,
+        last_token_index=attempt.last_token_index,
+        reason=attempt.reason,
+    )
+
+
+def _explanation_to_proto(explanation: Explanation) -> pb.Explanation:
+    return pb.Explanation(
+        policy=explanation.policy,
+        classified_domain=explanation.classified_domain,
+        classified_confidence=explanation.classified_confidence,
+        candidates=[
+            pb.Candidate(
+                node_id=candidate.node,
+                node_name=candidate.node_name,
+                profile=candidate.profile,
+                score=candidate.score,
+                eligible=candidate.eligible,
+                reason=candidate.reason,
+            )
+            for candidate in explanation.candidates
+        ],
+    )
+
+
+def _explanation_from_proto(explanation: pb.Explanation) -> Explanation:
+    return Explanation(
+        policy=explanation.policy,
+        classified_domain=explanation.classified_domain,
+        classified_confidence=explanation.classified_confidence,
+        candidates=tuple(
+            CandidateNote(
+                node=NodeId(candidate.node_id),
+                node_name=candidate.node_name,
+                profile=candidate.profile,
+                score=candidate.score,
+                eligible=candidate.eligible,
+                reason=candidate.reason,
+            )
+            for candidate in explanation.candidates
+        ),
+    )
+
+
+# --- load --------------------------------------------------------------------------------
+
+_ENGINE_STATES: Final = {
+    EngineState.LOADING: pb.ENGINE_STATE_LOADING,
+    EngineState.READY: pb.ENGINE_STATE_READY,
+    EngineState.LOST: pb.ENGINE_STATE_LOST,
+    EngineState.FAILED: pb.ENGINE_STATE_FAILED,
+}
+_ENGINE_STATES_IN: Final = {wire: core for core, wire in _ENGINE_STATES.items()}
+_LOAD_COUNTS: Final = (
+    "slots",
+    "running",
+    "queued",
+    "queue_max",
+    "kv_cells_used",
+    "kv_cells_total",
+    "pending_prefill_tokens",
+    "pending_decode_tokens",
+)
+
+
+def load_to_proto(load: Load) -> pb.Load:
+    """How busy a node is."""
+    return pb.Load(
+        engine=_ENGINE_STATES[load.engine],
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        decode_tokens_per_s=load.decode_tokens_per_s,
+        draining=load.draining,
+        **{name: getattr(load, name) for name in _LOAD_COUNTS},
+    )
+
+
+def load_from_proto(load: pb.Load) -> Load:
+    """How busy a node is. A peer's nonsense (negative or non-finite speeds) reads as "not known"."""
+    return Load(
+        engine=_ENGINE_STATES_IN.get(load.engine, EngineState.LOST),
+        prefill_tokens_per_s=_speed(load.prefill_tokens_per_s),
+        decode_tokens_per_s=_speed(load.decode_tokens_per_s),
+        draining=load.draining,
+        **{name: getattr(load, name) for name in _LOAD_COUNTS},
+    )
+
+
+def _speed(tokens_per_s: float) -> float:
+    return tokens_per_s if math.isfinite(tokens_per_s) and tokens_per_s > 0 else 0.0
