@@ -261,6 +261,13 @@ class StateFolderInvalid(FieldmeshError):
     status = Status.FAILED_PRECONDITION
 
 
+class StateUnwritable(FieldmeshError):
+    """The state folder cannot be written now: the disk is full, read-only or failing."""
+
+    code = "STATE_UNWRITABLE"
+    status = Status.FAILED_PRECONDITION
+
+
 class AddressInUse(FieldmeshError):
     """A listener could not be opened: the port is taken."""
 
