@@ -6,6 +6,9 @@ the shells put the bytes made here into the trailing metadata ``grpc-status-deta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, Protocol
+
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
@@ -91,3 +94,22 @@ def error_from_status(code: int, message: str, details: bytes | None) -> Fieldme
         known = {member.value: member for member in Status}.get(code, Status.UNKNOWN)
         kind = _BARE.get(known, errors.Internal)
     return kind(status.message or message, field=field, retry_after_s=retry_after_s, metadata=facts)
+
+
+class FailedCall(Protocol):
+    """What grpc.RpcError and grpc.aio.AioRpcError have in common."""
+
+    def code(self) -> Any: ...
+
+    def details(self) -> str | None: ...
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def error_from_call(call: FailedCall) -> FieldmeshError:
+    """The typed error behind a call that gRPC reports as failed."""
+    details = None
+    for key, value in call.trailing_metadata() or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            details = value
+    return error_from_status(call.code().value[0], call.details() or "", details)
