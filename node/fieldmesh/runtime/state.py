@@ -178,7 +178,8 @@ def _make_private(path: Path) -> None:
         path.chmod(0o700)
     if path.stat().st_mode & stat.S_IWOTH:
         raise StateFolderInvalid(
-            f"everyone can write to the state folder {path}; make it yours with mode 0700", field="state_dir"
+            f"everyone can write to the state folder {path}; make it yours with mode 0700",
+            field="node.state_folder",
         )
 
 
@@ -193,15 +194,15 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise StateFolderInUse(
             f"the state folder {path} is in use by process {holder or 'unknown'}; "
-            "stop it, or give this node a folder of its own with --state-dir",
-            field="state_dir",
+            "stop it, or give this node a folder of its own with --state-folder",
+            field="node.state_folder",
             metadata={"pid": holder},
         ) from None
     except OSError as error:
         os.close(descriptor)
         raise StateFolderInvalid(
             f"the state folder {path} cannot be locked ({error.strerror}); use a local file system",
-            field="state_dir",
+            field="node.state_folder",
         ) from error
     with _unwritable(path, "be written"):
         os.ftruncate(descriptor, 0)
@@ -219,21 +220,21 @@ def _check_ours(path: Path) -> None:
         if strange := [name for name in names if name not in _OWN_FILES]:
             raise StateFolderInvalid(
                 f"{path} holds {strange[0]!r} and is no state folder; name an empty folder or a new one",
-                field="state_dir",
+                field="node.state_folder",
             ) from None
         if "key.pem" in names:
             raise StateFolderInvalid(
                 f"the state folder {path} lost its file 'format'; put it back, or name another folder",
-                field="state_dir",
+                field="node.state_folder",
             ) from None
         return
     if not re.fullmatch(rb"[0-9]{1,9}", written):
-        raise StateFolderInvalid(f"{file} is damaged: it should hold a number", field="state_dir")
+        raise StateFolderInvalid(f"{file} is damaged: it should hold a number", field="node.state_folder")
     if int(written) > FORMAT_VERSION:
         raise StateFolderInvalid(
             f"the state folder {path} was written by a newer Fieldmesh (format {int(written)}, "
             f"this one knows {FORMAT_VERSION}); upgrade this node or name another folder",
-            field="state_dir",
+            field="node.state_folder",
         )
 
 
@@ -243,11 +244,13 @@ def _unwritable(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
-        raise StateFolderInvalid(f"{path} is not a folder; name another one", field="state_dir") from error
+        raise StateFolderInvalid(
+            f"{path} is not a folder; name another one", field="node.state_folder"
+        ) from error
     except OSError as error:
         remedy = (
             "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its owner and disk"
         )
         raise StateUnwritable(
-            f"the state folder {path} cannot {what} ({error.strerror}); {remedy}", field="state_dir"
+            f"the state folder {path} cannot {what} ({error.strerror}); {remedy}", field="node.state_folder"
         ) from error
