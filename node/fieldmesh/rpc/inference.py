@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,8 +57,8 @@ class RequestLimits:
 # --- requests in -------------------------------------------------------------------------
 
 
-def ask_from_generate(request: pb.GenerateRequest, new_id: Callable[[], str], limits: RequestLimits) -> Ask:
-    """A validated Ask. ``new_id`` makes a request id where the client sent none. Raises InvalidRequest."""
+def ask_from_generate(request: pb.GenerateRequest, limits: RequestLimits) -> Ask:
+    """A validated Ask; the request id must be set by now. Raises InvalidRequest."""
     match request.WhichOneof("input"):
         case "prompt":
             prompt = Prompt(text=_text("prompt", request.prompt, limits))
@@ -75,13 +75,13 @@ def ask_from_generate(request: pb.GenerateRequest, new_id: Callable[[], str], li
             raise InvalidRequest(
                 "Set prompt (text) or token_ids: there is nothing to continue", field="prompt"
             )
-    return _ask(request, prompt, new_id, limits)
+    return _ask(request, prompt, limits)
 
 
-def ask_from_chat(request: pb.ChatRequest, new_id: Callable[[], str], limits: RequestLimits) -> Ask:
-    """A validated Ask. ``new_id`` makes a request id where the client sent none. Raises InvalidRequest."""
+def ask_from_chat(request: pb.ChatRequest, limits: RequestLimits) -> Ask:
+    """A validated Ask; the request id must be set by now. Raises InvalidRequest."""
     prompt = Prompt(messages=_messages(request.messages, limits))
-    return _ask(request, prompt, new_id, limits)
+    return _ask(request, prompt, limits)
 
 
 def prompt_from_tokenize(request: pb.TokenizeRequest, limits: RequestLimits) -> Prompt:
@@ -105,14 +105,9 @@ def target_from_proto(target: pb.Target) -> Target:
     return Target(profile=target.profile, model=target.model, domain=target.domain)
 
 
-def _ask(
-    request: pb.GenerateRequest | pb.ChatRequest,
-    prompt: Prompt,
-    new_id: Callable[[], str],
-    limits: RequestLimits,
-) -> Ask:
+def _ask(request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt, limits: RequestLimits) -> Ask:
     return Ask(
-        request_id=request_id(request.request_id or new_id()),
+        request_id=request_id(request.request_id),
         prompt=prompt,
         target=target_from_proto(request.target),
         sampling=_overrides(request.sampling_params, limits),

@@ -1,0 +1,310 @@
+"""Runs one request: performs what ``core.dispatch`` decides, and lets readers follow it.
+
+Owns: the attempt under way, its timer, the chunks delivered so far, and the log of recent requests by which
+a repeat is answered and not done again. Must not: decide, or know how a client is spoken to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from itertools import islice
+from random import Random
+from typing import assert_never
+
+from fieldmesh.core.dispatch import (
+    Arrived,
+    Cancel,
+    Deliver,
+    Dispatch,
+    DispatchConfig,
+    DispatchEffect,
+    DispatchEvent,
+    Ended,
+    Entry,
+    Fail,
+    Failed,
+    Finish,
+    Phase,
+    Start,
+    Stop,
+    ViewMoved,
+    Wake,
+)
+from fieldmesh.core.errors import Cancelled, FieldmeshError, Internal, RequestIdReused
+from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, NodeState, RequestId, Result
+from fieldmesh.core.routing import Candidate, Decision
+from fieldmesh.engine.port import Started
+from fieldmesh.runtime import log
+from fieldmesh.runtime.router import Router, need_of
+
+AttemptEvent = Started | Chunk | Completion | Result
+"""What an attempt yields: a Result where another node ran it, a Completion where our engine did."""
+
+RunAttempt = Callable[["Generation", Start], AsyncIterator[AttemptEvent]]
+
+SWEPT_AT_ONCE = 8
+
+logger = log.get()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """Bounds of the requests that one node holds.
+
+    A generation pauses its source while its slowest reader is ``lag_tokens_max`` behind; the source then
+    ends it when that lasts. Finished ones are kept for repeats, at most ``entries_max`` and ``kept_s`` long.
+    """
+
+    lag_tokens_max: int = 512
+    entries_max: int = 1024
+    kept_s: float = 300.0
+
+
+class Generation:
+    """One request while it runs and as long as repeats of it are answered."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        *,
+        generation_id: str,
+        entry: Entry,
+        router: Router,
+        run_attempt: RunAttempt,
+        dispatch_config: DispatchConfig,
+        lag_tokens_max: int,
+        deadline_s: float | None,
+        path: tuple[NodeId, ...],
+        hops_left: int,
+        rng: Random,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        # What a change of the mesh starts later still belongs to this request: its log lines say so.
+        self._context = contextvars.copy_context()
+        now = self._loop.time()
+        self.ask = ask
+        self.path = path
+        self.hops_left = hops_left
+        self.outcome: Result | FieldmeshError | None = None
+        self.ended_at = 0.0
+        self._need = need_of(ask, path=path, hops_left=hops_left)
+        self._router = router
+        self._run_attempt = run_attempt
+        self._chunks: list[Chunk] = []
+        self._changed = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._lag_tokens_max = lag_tokens_max
+        self._readers: dict[object, int] = {}
+        self._attempt: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._dispatch = Dispatch(
+            ask,
+            generation_id=generation_id,
+            entry=entry,
+            route=self._route,
+            config=dispatch_config,
+            rng=rng,
+            now=now,
+            deadline_at=None if deadline_s is None else now + deadline_s,
+        )
+
+    def __repr__(self) -> str:
+        return f"Generation({self._dispatch!r}, readers={len(self._readers)})"
+
+    @property
+    def generation_id(self) -> str:
+        return self._dispatch.generation_id
+
+    @property
+    def phase(self) -> Phase:
+        return self._dispatch.phase
+
+    @property
+    def tokens_delivered(self) -> int:
+        return self._dispatch.tokens_delivered
+
+    def begin(self) -> None:
+        """Take the first step."""
+        self._perform(self._dispatch.begin(self._loop.time()))
+
+    def stop(self, error: FieldmeshError) -> None:
+        """End it with this error, if it has not ended."""
+        self._handle(Stop(error=error))
+
+    def view_moved(self, states: dict[NodeId, NodeState]) -> None:
+        """The mesh looks different."""
+        self._handle(ViewMoved(states=states))
+
+    def deadline_left_s(self) -> float:
+        """Seconds until the request's deadline."""
+        return max(0.0, self._dispatch.deadline_at - self._loop.time())
+
+    async def read(self) -> AsyncGenerator[Chunk | Result, None]:
+        """Everything from the first token on, then the result; raises the error that ended it.
+
+        When the last reader leaves before the end, the generation is cancelled.
+        """
+        me = object()
+        self._readers[me] = 0
+        position = 0
+        try:
+            while True:
+                while position < len(self._chunks):
+                    chunk = self._chunks[position]
+                    position += 1
+                    yield chunk
+                    self._readers[me] = chunk.next_token_index
+                    self._drained.set()
+                if self.outcome is not None:
+                    break
+                self._changed.clear()
+                await self._changed.wait()
+            if isinstance(self.outcome, FieldmeshError):
+                raise self.outcome
+            yield self.outcome
+        finally:
+            del self._readers[me]
+            self._drained.set()
+            if not self._readers and self.outcome is None:
+                self.stop(Cancelled("The caller went away"))
+
+    async def close(self) -> None:
+        """Cancel what runs and wait for it."""
+        self.stop(Cancelled("The node is stopping"))
+        if self._attempt is not None:
+            await asyncio.wait((self._attempt,))
+
+    # --- what dispatch decides -----------------------------------------------------------
+
+    def _route(self, failed: frozenset[NodeId], full: frozenset[NodeId]) -> Decision:
+        need = replace(self._need, failed=failed, full=full)
+        return self._router.choose(need, explain=self.ask.explain)
+
+    def _handle(self, event: DispatchEvent) -> None:
+        self._perform(self._dispatch.handle(event, self._loop.time()))
+
+    def _perform(self, effects: list[DispatchEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case Start():
+                    self._router.begin(self.generation_id, effect.candidate, self._need)
+                    self._attempt = asyncio.create_task(self._follow(effect), context=self._context)
+                    self._log_start(effect.candidate, effect.epoch)
+                case Cancel():
+                    if self._attempt is not None:
+                        self._attempt.cancel()
+                case Deliver():
+                    self._chunks.append(effect.chunk)
+                case Finish():
+                    self._end(effect.result)
+                case Fail():
+                    self._end(effect.error)
+                case _:
+                    assert_never(effect)
+        if effects:
+            self._changed.set()
+        self._set_timer()
+
+    def _end(self, outcome: Result | FieldmeshError) -> None:
+        self.outcome = outcome
+        self.ended_at = self._loop.time()
+        self._router.end(self.generation_id)
+
+    def _set_timer(self) -> None:
+        due = self._dispatch.deadline
+        if self._timer is not None and (due is None or self._timer.when() != due):
+            self._timer.cancel()
+            self._timer = None
+        if due is not None and self._timer is None:
+            self._timer = self._loop.call_at(due, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._handle(Wake())
+
+    async def _follow(self, start: Start) -> None:
+        """Feed what one attempt yields into dispatch."""
+        epoch = start.epoch
+        try:
+            async with aclosing(self._run_attempt(self, start)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    match event:
+                        case Started():
+                            pass
+                        case Chunk():
+                            self._handle(Arrived(epoch=epoch, chunk=event))
+                            await self._readers_keep_up()
+                        case Completion():
+                            self._handle(Ended(epoch=epoch, completion=event))
+                        case Result():
+                            self._handle(Ended(epoch=epoch, completion=event.completion, relayed=event))
+                        case _:
+                            assert_never(event)
+            # A no-op after an end: an attempt that stops without one has broken its contract.
+            silent = Internal("The attempt ended without saying how")
+            self._handle(Failed(epoch=epoch, error=silent))
+        except FieldmeshError as error:
+            self._log_failure(start.candidate, error)
+            self._handle(Failed(epoch=epoch, error=error))
+        except Exception:
+            logger.exception("attempt_crashed", node=start.candidate.member.name)
+            defect = Internal("A defect of Fieldmesh ended this attempt; the node's log has the details")
+            self._handle(Failed(epoch=epoch, error=defect))
+
+    async def _readers_keep_up(self) -> None:
+        while self._readers and self.tokens_delivered - min(self._readers.values()) > self._lag_tokens_max:
+            self._drained.clear()
+            await self._drained.wait()
+
+    def _log_start(self, candidate: Candidate, epoch: int) -> None:
+        logger.info("attempt_started", node=candidate.member.name, profile=candidate.offer.name, epoch=epoch)
+
+    def _log_failure(self, candidate: Candidate, error: FieldmeshError) -> None:
+        logger.warning("attempt_failed", node=candidate.member.name, code=error.code, error=error.message)
+
+
+class Generations:
+    """The requests of one node by request id: those that run, and those that ended lately."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+        self._by_id: dict[RequestId, Generation] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def find(self, ask: Ask) -> Generation | None:
+        """The generation that this request repeats. Raises RequestIdReused where it differs from it."""
+        found = self._by_id.get(ask.request_id)
+        if found is None:
+            return None
+        if isinstance(found.outcome, FieldmeshError):
+            return None  # what failed may be tried again under the same id
+        if found.ask != ask:
+            raise RequestIdReused(
+                f"request_id {ask.request_id} was used for another request; make a new id for each request",
+                field="request_id",
+            )
+        return found
+
+    def add(self, generation: Generation, now: float) -> None:
+        """Keep it, and forget what ended longest ago where there are too many."""
+        self._by_id.pop(generation.ask.request_id, None)
+        self._by_id[generation.ask.request_id] = generation
+        # The oldest few only: what a request costs must not grow with the log.
+        for old in list(islice(self._by_id.values(), SWEPT_AT_ONCE)):
+            surplus = len(self._by_id) > self._config.entries_max
+            if old.outcome is not None and (surplus or now - old.ended_at > self._config.kept_s):
+                del self._by_id[old.ask.request_id]
+
+    def running(self) -> list[Generation]:
+        """Those that have not ended."""
+        return [g for g in self._by_id.values() if g.outcome is None]
+
+    def get(self, request_id: RequestId) -> Generation | None:
+        """By request id."""
+        return self._by_id.get(request_id)

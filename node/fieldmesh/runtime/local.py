@@ -1,0 +1,152 @@
+"""Runs requests on this node's own engines.
+
+Owns: which profiles are hosted here, the pace at which tokens leave (the first at once, then every 25 ms
+or 8 tokens: a message costs some 100 µs of CPU at every hop), and ending a run by its request id. Must not:
+choose nodes, or know gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from fieldmesh.core.errors import EngineNotReady, ProfileNotFound
+from fieldmesh.core.model import Ask, Chunk, Completion, FinishReason, Load, Prompt, RequestId, Usage
+from fieldmesh.engine.port import Engine, EngineInfo, Job, JobEvent, Started
+from fieldmesh.profiles import Profile
+
+FLUSH_TOKENS = 8
+FLUSH_INTERVAL_S = 0.025
+
+
+@dataclass(slots=True, kw_only=True)
+class Hosted:
+    """One profile that this node serves; ``info`` is None until its engine has loaded the model."""
+
+    profile: Profile
+    engine: Engine
+    info: EngineInfo | None = None
+
+
+class LocalRuns:
+    """The requests that run on this node's engines, whoever asked."""
+
+    def __init__(self, hosted: dict[str, Hosted]) -> None:
+        self.hosted = hosted
+        self._aborts: dict[RequestId, asyncio.Future[None]] = {}
+
+    def load(self) -> Load:
+        """How busy this node is."""
+        (only,) = self.hosted.values()
+        return only.engine.load()
+
+    def ready(self, profile: str) -> Hosted:
+        """The hosted profile. Raises ProfileNotFound, EngineNotReady."""
+        found = self.hosted.get(profile)
+        if found is None:
+            raise ProfileNotFound(
+                f"This node does not serve profile {profile!r}; it serves {', '.join(self.hosted)}",
+                field="target.profile",
+            )
+        if found.info is None:
+            raise EngineNotReady(
+                "The engine is still loading its model; ask again shortly", retry_after_s=0.5
+            )
+        return found
+
+    async def run(
+        self, ask: Ask, *, profile: str, generation_id: str, epoch: int, deadline_s: float | None
+    ) -> AsyncGenerator[JobEvent, None]:
+        """One Started, chunks, one Completion. Closing the generator stops the engine within a step.
+
+        Raises what ``Engine.submit`` raises, ProfileNotFound and EngineNotReady.
+        """
+        hosted = self.ready(profile)
+        job = Job(
+            generation_id=f"{generation_id}/{epoch}",
+            prompt=ask.prompt,
+            sampling=ask.sampling.over(hosted.profile.sampling),
+            epoch=epoch,
+            priority=ask.priority,
+            deadline_s=deadline_s,
+        )
+        aborted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._aborts[ask.request_id] = aborted
+        try:
+            async with aclosing(paced(hosted.engine.submit(job), aborted)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            if self._aborts.get(ask.request_id) is aborted:
+                del self._aborts[ask.request_id]
+
+    def abort(self, request_id: RequestId) -> bool:
+        """End the run of this request with finish reason ABORT; False where none runs here."""
+        aborted = self._aborts.get(request_id)
+        if aborted is None or aborted.done():
+            return False
+        aborted.set_result(None)
+        return True
+
+    async def tokenize(self, profile: str, prompt: Prompt) -> tuple[tuple[int, ...], str]:
+        """Token ids, and the model whose they are. Raises ProfileNotFound, EngineNotReady, EngineLost."""
+        hosted = self.ready(profile)
+        assert hosted.info is not None
+        return await hosted.engine.tokenize(prompt), hosted.info.model
+
+
+async def paced(
+    events: AsyncIterator[JobEvent], aborted: asyncio.Future[None]
+) -> AsyncGenerator[JobEvent, None]:
+    """``events`` with chunks joined: the first passes at once, later ones wait for company, but not long.
+
+    When ``aborted`` is done, ends with a Completion of reason ABORT.
+    """
+    loop = asyncio.get_running_loop()
+    pending: Chunk | None = None
+    flush_at = loop.time()
+    prompt_tokens = completion_tokens = 0
+    coming: asyncio.Task[JobEvent] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.create_task(anext(events))  # type: ignore[arg-type]
+            timeout_s = None if pending is None else max(0.0, flush_at - loop.time())
+            await asyncio.wait((coming, aborted), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            event: JobEvent | None = None
+            if coming.done():
+                event, coming = coming.result(), None
+            if isinstance(event, Chunk):
+                completion_tokens = event.next_token_index
+                pending = event if pending is None else _joined(pending, event)
+            due = len(pending.token_ids) >= FLUSH_TOKENS or loop.time() >= flush_at if pending else False
+            if pending is not None and (due or isinstance(event, Completion) or aborted.done()):
+                yield pending
+                pending, flush_at = None, loop.time() + FLUSH_INTERVAL_S
+            match event:
+                case None | Chunk():
+                    pass
+                case Started():
+                    prompt_tokens = event.prompt_tokens
+                    yield event
+                case Completion():
+                    yield event
+                    return
+                case _:
+                    assert_never(event)
+            if aborted.done():
+                usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+                yield Completion(finish_reason=FinishReason.ABORT, usage=usage)
+                return
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.wait((coming,))
+        if isinstance(events, AsyncGenerator):
+            await events.aclose()
+
+
+def _joined(first: Chunk, second: Chunk) -> Chunk:
+    return replace(first, token_ids=first.token_ids + second.token_ids, text=first.text + second.text)

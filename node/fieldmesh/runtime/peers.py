@@ -1,0 +1,120 @@
+"""What this node does for its peers: the server side of ``PeerService``.
+
+Owns: running what others forward here, or passing it on while hops are left. Must not: choose nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from fieldmesh.core.errors import HopLimit, InvalidRequest, ProfileNotFound
+from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
+from fieldmesh.engine.port import Started
+from fieldmesh.rpc import inference as wire
+from fieldmesh.runtime.door import Context, guarded, guarded_stream
+from fieldmesh.runtime.service import Service
+from fieldmesh.v1 import inference_pb2, peer_pb2, peer_pb2_grpc
+
+PATH_NODES_MAX = 16
+
+
+class Peers(peer_pb2_grpc.PeerServiceServicer):
+    """What this node does for its peers."""
+
+    def __init__(self, service: Service, limits: wire.RequestLimits) -> None:
+        self._service = service
+        self._limits = limits
+
+    @guarded_stream
+    async def Forward(
+        self, request: peer_pb2.ForwardRequest, context: Context
+    ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
+        ask = self._ask(request)
+        path = tuple(NodeId(node) for node in request.path)
+        deadline_s = context.time_remaining()
+        if request.profile in self._service.local.hosted:
+            responses = self._run_here(request, ask, deadline_s)
+        elif request.hops_left > 0:
+            responses = self._pass_on(request, ask, path, deadline_s)
+        else:
+            raise ProfileNotFound(
+                f"This node does not serve profile {request.profile!r} (any more) and may not pass it on",
+                field="profile",
+            )
+        async for response in responses:
+            yield response
+
+    async def _run_here(
+        self, request: peer_pb2.ForwardRequest, ask: Ask, deadline_s: float | None
+    ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
+        local, entry = self._service.local, self._service.entry
+        events = local.run(
+            ask,
+            profile=request.profile,
+            generation_id=request.generation_id,
+            epoch=request.epoch,
+            deadline_s=deadline_s,
+        )
+        try:
+            async for event in events:
+                match event:
+                    case Started():
+                        admitted = peer_pb2.Admitted(prompt_tokens=event.prompt_tokens)
+                        yield peer_pb2.ForwardResponse(admitted=admitted)
+                    case Chunk():
+                        yield peer_pb2.ForwardResponse(chunk=wire.chunk_to_proto(event))
+                    case Completion():
+                        complete = inference_pb2.Complete(
+                            request_id=ask.request_id,
+                            generation_id=request.generation_id,
+                            profile=request.profile,
+                            served_by_id=entry.node,
+                            served_by=entry.name,
+                        )
+                        wire.fill_completion(complete, event)
+                        yield peer_pb2.ForwardResponse(complete=complete)
+        finally:
+            await events.aclose()
+
+    async def _pass_on(
+        self, request: peer_pb2.ForwardRequest, ask: Ask, path: tuple[NodeId, ...], deadline_s: float | None
+    ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
+        items = self._service.ask(ask, deadline_s=deadline_s, path=path, hops_left=request.hops_left)
+        try:
+            async for item in items:
+                if isinstance(item, Chunk):
+                    yield peer_pb2.ForwardResponse(chunk=wire.chunk_to_proto(item))
+                else:
+                    yield peer_pb2.ForwardResponse(complete=wire.result_to_proto(item))
+        finally:
+            await items.aclose()
+
+    def _ask(self, request: peer_pb2.ForwardRequest) -> Ask:
+        if len(request.path) > PATH_NODES_MAX:
+            raise HopLimit(f"path has {len(request.path)} nodes; at most {PATH_NODES_MAX} are accepted")
+        if self._service.entry.node in request.path:
+            raise HopLimit("This request has been here before: a loop", field="path")
+        match request.WhichOneof("request"):
+            case "generate":
+                return wire.ask_from_generate(request.generate, self._limits)
+            case "chat":
+                return wire.ask_from_chat(request.chat, self._limits)
+            case _:
+                raise InvalidRequest("Set generate or chat", field="request")
+
+    @guarded
+    async def AbortForwarded(
+        self, request: peer_pb2.AbortForwardedRequest, context: Context
+    ) -> peer_pb2.AbortForwardedResponse:
+        request_id = wire.request_id(request.request_id)
+        return peer_pb2.AbortForwardedResponse(
+            aborted=await self._service.abort(request_id, everywhere=False)
+        )
+
+    @guarded
+    async def TokenizeForwarded(
+        self, request: peer_pb2.TokenizeForwardedRequest, context: Context
+    ) -> peer_pb2.TokenizeForwardedResponse:
+        prompt = wire.prompt_from_tokenize(request.request, self._limits)
+        token_ids, model = await self._service.local.tokenize(request.profile, prompt)
+        return peer_pb2.TokenizeForwardedResponse(token_ids=token_ids, model=model)

@@ -1,0 +1,106 @@
+"""Keeps the routing index fresh while the mesh changes.
+
+Owns: the index over the latest view, the classifier's training (in a thread: a decision never waits for
+it), and what this node has under way where. Must not: decide (``core.routing`` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+from fieldmesh.core.classify import Classifier
+from fieldmesh.core.model import Ask, MeshView, NodeId, Prompt
+from fieldmesh.core.routing import Candidate, Decision, Index, Need, Policy, Traffic, choose
+
+# Rough, and only used to compare nodes: a token has about four bytes of most scripts.
+from fieldmesh.runtime import log
+
+BYTES_PER_TOKEN = 4
+MAX_TOKENS_PRIOR = 256
+
+logger = log.get()
+
+
+def need_of(ask: Ask, *, path: tuple[NodeId, ...] = (), hops_left: int = 1) -> Need:
+    """What a request needs of the mesh, before anything was tried."""
+    prompt = ask.prompt
+    tokens = len(prompt.token_ids) or prompt_bytes(prompt) // BYTES_PER_TOKEN + 1
+    return Need(
+        profile=ask.target.profile,
+        model=ask.target.model,
+        domain=ask.target.domain,
+        text=question(prompt),
+        prompt_tokens=tokens,
+        max_tokens=ask.sampling.max_tokens or MAX_TOKENS_PRIOR,
+        path=path,
+        hops_left=hops_left,
+    )
+
+
+def question(prompt: Prompt) -> str:
+    """What the classifier should read: the prompt, or the latest thing that a user said."""
+    if prompt.messages:
+        asked = [message.content for message in prompt.messages if message.role == "user"]
+        return asked[-1] if asked else prompt.messages[-1].content
+    return prompt.text or ""
+
+
+def prompt_bytes(prompt: Prompt) -> int:
+    """Size of a prompt's text."""
+    return len(prompt.text or "") + sum(len(message.content) for message in prompt.messages)
+
+
+class Router:
+    """Routing over the latest view; belongs to one event loop."""
+
+    def __init__(self, view: MeshView, *, policy: Policy, rng: Random) -> None:
+        self._index = Index.of(view)
+        self._policy = policy
+        self._rng = rng
+        self._traffic = Traffic()
+        self._training: asyncio.Task[None] | None = None
+
+    @property
+    def index(self) -> Index:
+        """What the mesh offers now."""
+        return self._index
+
+    def update(self, view: MeshView) -> None:
+        """Route over this view from now on; retrain the classifier where the domains changed."""
+        self._index = Index.of(view, self._index)
+        if self._training is None and self._index.training_due:
+            self._training = asyncio.create_task(self._train())
+
+    def choose(self, need: Need, *, explain: bool = False) -> Decision:
+        """Who should serve this. Raises what ``core.routing.choose`` raises."""
+        return choose(need, self._index, self._traffic, self._rng, policy=self._policy, explain=explain)
+
+    def begin(self, key: str, candidate: Candidate, need: Need) -> None:
+        """The request of this key is with this candidate now."""
+        self._traffic.begin(key, candidate, need)
+
+    def end(self, key: str) -> None:
+        """The request of this key is with nobody now."""
+        self._traffic.end(key)
+
+    async def trained(self) -> None:
+        """Return when no training is under way."""
+        while self._training is not None:
+            await asyncio.wait((self._training,))
+
+    async def close(self) -> None:
+        """End the training that is under way."""
+        if self._training is not None:
+            self._training.cancel()
+            await asyncio.wait((self._training,))
+
+    async def _train(self) -> None:
+        try:
+            while self._index.training_due:
+                domains = self._index.domains
+                classifier = await asyncio.to_thread(Classifier.train, domains)
+                self._index = self._index.with_classifier(classifier)
+                logger.info("classifier_trained", domains=len(domains))
+        finally:
+            self._training = None

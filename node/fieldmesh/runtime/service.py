@@ -1,0 +1,178 @@
+"""What a node does for whoever asks: the one object behind gRPC and every other door.
+
+Owns: the life of requests at this node, and questions about the mesh. Must not: know how a client is
+spoken to; the doors translate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from random import Random
+
+from fieldmesh.core.dispatch import DispatchConfig, Entry, Start
+from fieldmesh.core.errors import Draining, TooManyStreams
+from fieldmesh.core.model import Ask, Chunk, MeshView, NodeId, NodeState, Prompt, RequestId, Result, Target
+from fieldmesh.core.routing import Need
+from fieldmesh.runtime.forwarding import Forwarder
+from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
+from fieldmesh.runtime.local import LocalRuns
+from fieldmesh.runtime.router import Router
+
+ABORT_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """Bounds of a node's service. ``hops_max``: how often a request that enters here may be forwarded."""
+
+    streams_max: int = 256
+    hops_max: int = 2
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    generations: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+class Service:
+    """One node's service. ``view`` gives the mesh as it looks now. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        entry: Entry,
+        view: Callable[[], MeshView],
+        router: Router,
+        local: LocalRuns,
+        forwarder: Forwarder,
+        config: ServiceConfig,
+        rng: Random,
+    ) -> None:
+        self.entry = entry
+        self.local = local
+        self.router = router
+        self._view = view
+        self._forwarder = forwarder
+        self._config = config
+        self._rng = rng
+        self._generations = Generations(config.generations)
+        self._streams = 0
+        self._draining = False
+        self._states: dict[NodeId, NodeState] = {}
+
+    @property
+    def view(self) -> MeshView:
+        """The mesh as this node sees it."""
+        return self._view()
+
+    @property
+    def running(self) -> int:
+        """Requests under way that entered here."""
+        return len(self._generations.running())
+
+    async def ask(
+        self,
+        ask: Ask,
+        *,
+        deadline_s: float | None = None,
+        path: tuple[NodeId, ...] = (),
+        hops_left: int | None = None,
+    ) -> AsyncGenerator[Chunk | Result, None]:
+        """Answer a request: chunks, then one Result. Closing the generator cancels it within a step.
+
+        ``path`` and ``hops_left`` are set where another node passed the request on. Raises FieldmeshError.
+        """
+        if self._streams >= self._config.streams_max:
+            raise TooManyStreams(
+                f"This node holds {self._streams} streams, its most; ask another node, or again shortly",
+                retry_after_s=1.0,
+            )
+        self._streams += 1
+        try:
+            generation = self._generations.find(ask)
+            if generation is None:
+                hops = self._config.hops_max if hops_left is None else hops_left
+                generation = self._open(ask, deadline_s, path, hops)
+            async with aclosing(generation.read()) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._streams -= 1
+
+    def _open(
+        self, ask: Ask, deadline_s: float | None, path: tuple[NodeId, ...], hops_left: int
+    ) -> Generation:
+        if self._draining:
+            raise Draining("This node is leaving; ask another one", retry_after_s=0.0)
+        generation = Generation(
+            ask,
+            generation_id=uuid.uuid4().hex,
+            entry=self.entry,
+            router=self.router,
+            run_attempt=self._run_attempt,
+            dispatch_config=self._config.dispatch,
+            lag_tokens_max=self._config.generations.lag_tokens_max,
+            deadline_s=deadline_s,
+            path=(*path, self.entry.node),
+            hops_left=hops_left,
+            rng=self._rng,
+        )
+        self._generations.add(generation, asyncio.get_running_loop().time())
+        generation.begin()
+        return generation
+
+    def _run_attempt(self, generation: Generation, start: Start) -> AsyncIterator[AttemptEvent]:
+        candidate = start.candidate
+        if candidate.member.id == self.entry.node:
+            return self.local.run(
+                generation.ask,
+                profile=candidate.offer.name,
+                generation_id=generation.generation_id,
+                epoch=start.epoch,
+                deadline_s=generation.deadline_left_s(),
+            )
+        return self._forwarder.run(
+            generation.ask,
+            candidate,
+            generation_id=generation.generation_id,
+            epoch=start.epoch,
+            path=generation.path,
+            hops_left=generation.hops_left - 1,
+            deadline_s=generation.deadline_left_s(),
+        )
+
+    def view_changed(self, view: MeshView) -> None:
+        """Take a new view of the mesh: route by it, and let requests under way react."""
+        self.router.update(view)
+        states = {member.id: member.state for member in view.members}
+        moved = {node: state for node, state in states.items() if self._states.get(node) is not state}
+        self._states = states
+        for generation in self._generations.running():
+            generation.view_moved(moved)
+
+    async def abort(self, request_id: RequestId, *, everywhere: bool = True) -> bool:
+        """End a request here or (``everywhere``) wherever in the mesh it runs; False where none was found."""
+        if self.local.abort(request_id):
+            return True
+        if not everywhere:
+            return False
+        peers = [m for m in self.view.members if m.id != self.entry.node and m.state is NodeState.ALIVE]
+        calls = [self._forwarder.abort(m, request_id, timeout_s=ABORT_TIMEOUT_S) for m in peers]
+        return any(await asyncio.gather(*calls))
+
+    async def tokenize(self, prompt: Prompt, target: Target) -> tuple[tuple[int, ...], str]:
+        """Token ids of a prompt at the node that would serve it, and the model whose they are."""
+        need = Need(profile=target.profile, model=target.model, domain=target.domain, hops_left=1)
+        candidate = self.router.choose(need).candidates[0]
+        if candidate.member.id == self.entry.node:
+            return await self.local.tokenize(candidate.offer.name, prompt)
+        return await self._forwarder.tokenize(candidate, prompt)
+
+    def drain(self) -> None:
+        """Take no new requests from now on."""
+        self._draining = True
+
+    async def close(self) -> None:
+        """End every request under way with an error."""
+        await asyncio.gather(*(generation.close() for generation in self._generations.running()))
