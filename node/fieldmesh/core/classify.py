@@ -1,0 +1,332 @@
+"""Which domain a text belongs to, learned from the words of the profiles themselves.
+
+Owns: the features, the linear model, its calibration, and when to abstain. Must not: know nodes or
+profiles, perform I/O, or depend on anything outside the standard library.
+
+The model is kernel-free ridge regression on one-of-n targets over TF-IDF features: words, pairs of
+neighbouring words, and character 3- to 5-grams inside words, each block scaled to length one. It is solved
+by dual coordinate ascent (Hsieh et al., "A Dual Coordinate Descent Method for Large-scale Linear SVM", 2008;
+for squared loss each step is exact). Regression to targets rather than a softmax keeps the scores of
+texts unlike anything seen near zero, and the mass of features that training never saw counts towards a
+text's length, so unknown words lower every score: that is what makes abstention work.
+
+Scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are cut into characters, so
+that their words appear as character pairs and n-grams.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter, mul
+
+from fieldmesh.core.model import Domain
+
+TEXT_CHARS_MAX = 1000
+"""Only the beginning of a longer text is read."""
+
+EXAMPLES_MAX = 6000
+"""Examples learned in all; of more, every domain keeps its first ones in fair share."""
+
+WORD_CHARS_MAX = 40
+"""Only the beginning of a longer word is cut into character n-grams (hashes, base64)."""
+
+RIDGE = 0.2
+EPOCHS = 4
+"""Regularisation, and passes over the examples; chosen on CLINC150's validation split."""
+
+HELD_OUT_EVERY = 5
+"""Every fifth text of a domain is kept back at first, to see what scores unseen texts get."""
+
+ABSTAIN_BELOW = 0.5
+"""Confidence from which a domain is named: where its texts and others are equally likely."""
+
+_MARKS = re.compile("[\u0300-\u036f\u0640\u064b-\u065f\u0670]")
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f"  # Burmese
+    "\u1780-\u17ff"  # Khmer
+    "\u3040-\u30ff\u31f0-\u31ff"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+_PUNCTUATION = "!-/:-@\\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f\u060c\u061b\u061f\u0964\u0965"
+_TOKEN = re.compile(f"[{_UNSPACED}]+|[^\\s{_PUNCTUATION}{_UNSPACED}]+|[!-/:-@\\[-`{{-~]")
+_UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classification:
+    """What a text is about. ``domain`` is None where the classifier abstains.
+
+    ``confidence`` (0 to 1) is the calibrated probability that the text belongs to the first domain of
+    ``ranking``, which lists all domains with their share of it, best first.
+    """
+
+    domain: str | None
+    confidence: float
+    ranking: tuple[tuple[str, float], ...] = ()
+
+
+# --- features ----------------------------------------------------------------------------
+
+_BLOCK_WEIGHTS = (0.55, 0.44, 0.71)
+"""Of words, pairs of words and character n-grams; their squares sum to about one."""
+
+
+def _normal(text: str) -> str:
+    """Compatibility forms made one, case folded, accents and optional vowel signs taken off."""
+    folded = unicodedata.normalize("NFKD", text[:TEXT_CHARS_MAX].casefold())
+    return unicodedata.normalize("NFKC", _MARKS.sub("", folded))
+
+
+def _counts(text: str) -> tuple[Counter[str], ...]:
+    """How often each feature occurs in the text, block by block."""
+    words: list[str] = []
+    runs: list[str] = []
+    for token in _TOKEN.findall(_normal(text)):
+        runs.append(token[:WORD_CHARS_MAX])
+        if _UNSPACED_RUN.fullmatch(token):
+            words.extend(token)
+        else:
+            words.append(token)
+    pairs = Counter(map("{} {}".format, words, words[1:]))
+    pairs.update(map("{} _ {}".format, words, words[2:]))
+    grams: Counter[str] = Counter()
+    for run in runs:
+        padded = f"<{run}>"
+        for length in (3, 4, 5):
+            grams.update(padded[i : i + length] for i in range(len(padded) - length + 1))
+    return Counter(words), pairs, grams
+
+
+@dataclass(frozen=True, slots=True)
+class _Vector:
+    """A text as sparse features. Begins with two empty entries, so that ``itemgetter`` gives a tuple."""
+
+    ids: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @property
+    def known(self) -> bool:
+        return len(self.ids) > 2
+
+
+class _Vocabulary:
+    """The features of the training texts and their weights (inverse document frequency)."""
+
+    def __init__(self, texts: Sequence[tuple[Counter[str], ...]]) -> None:
+        self._ids: tuple[dict[str, int], ...] = tuple({} for _ in _BLOCK_WEIGHTS)
+        self._idf = [0.0]
+        documents = len(texts)
+        self._unknown_idf = math.log(1 + documents) + 1
+        for block, ids in enumerate(self._ids):
+            frequency: Counter[str] = Counter()
+            for counts in texts:
+                frequency.update(counts[block].keys())
+            for feature, count in frequency.items():
+                ids[feature] = len(self._idf)
+                self._idf.append(math.log((1 + documents) / (1 + count)) + 1)
+
+    def __len__(self) -> int:
+        return len(self._idf)
+
+    def vector(self, counts: tuple[Counter[str], ...]) -> _Vector:
+        """Each block at its weight's length, of which unknown features take their part."""
+        all_ids = [0, 0]
+        values = [0.0, 0.0]
+        for ids, weight, block in zip(self._ids, _BLOCK_WEIGHTS, counts, strict=True):
+            squares = 0.0
+            found: list[float] = []
+            for feature, count in block.items():
+                frequency = 1 + math.log(count)
+                index = ids.get(feature)
+                if index is None:
+                    squares += (frequency * self._unknown_idf) ** 2
+                else:
+                    value = frequency * self._idf[index]
+                    squares += value * value
+                    all_ids.append(index)
+                    found.append(value)
+            if found:
+                scale = weight / math.sqrt(squares)
+                values.extend([value * scale for value in found])
+        return _Vector(tuple(all_ids), tuple(values))
+
+
+# --- the model ---------------------------------------------------------------------------
+
+
+class _Ridge:
+    """One-of-n ridge regression, one column of weights a domain; examples may be added between epochs."""
+
+    def __init__(self, features: int, domains: int) -> None:
+        self.weights = [[0.0] * features for _ in range(domains)]
+        self._examples: list[tuple[_Vector, int, float, list[float]]] = []
+
+    def add(self, vector: _Vector, domain: int) -> None:
+        squares = sum(map(mul, vector.values, vector.values))
+        self._examples.append((vector, domain, squares + RIDGE, [0.0] * len(self.weights)))
+
+    def epoch(self, turn: int) -> None:
+        """One exact step for every example, in an order that depends on ``turn``."""
+        count = len(self._examples)
+        stride = next(
+            s for s in range(int(count * 0.618) + 2 * turn + 1, 4 * count + 9) if math.gcd(s, count) == 1
+        )
+        for step in range(count):
+            self._step(*self._examples[(step * stride + turn) % count])
+
+    def _step(self, vector: _Vector, domain: int, curvature: float, duals: list[float]) -> None:
+        pick = itemgetter(*vector.ids)
+        share = 1 / len(self.weights) if len(self.weights) > 1 else 0.0
+        for column, weights in enumerate(self.weights):
+            target = (column == domain) - share
+            error = target - sum(map(mul, pick(weights), vector.values)) - RIDGE * duals[column]
+            change = error / curvature
+            duals[column] += change
+            for index, value in zip(vector.ids, vector.values, strict=True):
+                weights[index] += change * value
+
+    def scores(self, vector: _Vector) -> list[float]:
+        pick = itemgetter(*vector.ids)
+        return [sum(map(mul, pick(weights), vector.values)) for weights in self.weights]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Calibration:
+    """Turns the highest score into the probability that the text is of that domain.
+
+    Two normal distributions of equal width, one for texts of the domain that scored highest and one for
+    texts of none, give a logistic curve: ``middle`` is where both are equally likely.
+    """
+
+    middle: float
+    slope: float
+
+    @classmethod
+    def of(cls, inside: Sequence[float], outside: Sequence[float]) -> _Calibration:
+        inside_mean = _mean(inside, 0.3)
+        outside_mean = _mean(outside, 0.0)
+        spread = (
+            max(
+                0.02,
+                _mean([(x - inside_mean) ** 2 for x in inside], 0.01)
+                + _mean([(x - outside_mean) ** 2 for x in outside], 0.01),
+            )
+            / 2
+        )
+        gap = max(0.05, inside_mean - outside_mean)
+        return cls(middle=outside_mean + gap / 2, slope=gap / spread)
+
+    def probability(self, score: float) -> float:
+        return 1 / (1 + math.exp(-max(-40.0, min(40.0, self.slope * (score - self.middle)))))
+
+
+def _mean(values: Sequence[float], prior: float) -> float:
+    """The mean, drawn towards a prior that weighs as much as two values."""
+    return (sum(values) + 2 * prior) / (len(values) + 2)
+
+
+class Classifier:
+    """A trained classifier: immutable, and the same for the same domains on every machine."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        digest: str,
+        vocabulary: _Vocabulary,
+        ridge: _Ridge,
+        calibration: _Calibration,
+    ) -> None:
+        self.names = names
+        self.digest = digest
+        self._vocabulary = vocabulary
+        self._weights = [array("f", column) for column in ridge.weights]
+        self._calibration = calibration
+
+    @classmethod
+    def train(cls, domains: Sequence[Domain]) -> Classifier:
+        """Learn from the domains' names, descriptions and examples.
+
+        Takes about 0.2 s for 10 domains of 30 examples and 3 s for 300: call it off the event loop.
+        """
+        ordered = sorted(domains, key=lambda d: d.name)
+        share = max(1, EXAMPLES_MAX // max(1, len(ordered)))
+        texts = [
+            (_counts(text), column) for column, domain in enumerate(ordered) for text in _texts(domain, share)
+        ]
+        vocabulary = _Vocabulary([counts for counts, _ in texts])
+        vectors = [(vocabulary.vector(counts), column) for counts, column in texts]
+        ridge = _Ridge(len(vocabulary), len(ordered))
+        held_out = vectors[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        learned = [v for i, v in enumerate(vectors) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
+        for vector, column in learned:
+            ridge.add(vector, column)
+        if learned:
+            for turn in range(EPOCHS):
+                ridge.epoch(turn)
+        calibration = _calibrate(ridge, held_out)
+        for vector, column in held_out:
+            ridge.add(vector, column)
+        if held_out:
+            for turn in range(EPOCHS // 2):
+                ridge.epoch(turn)
+        return cls(tuple(d.name for d in ordered), training_digest(domains), vocabulary, ridge, calibration)
+
+    def learned(self, domains: Sequence[Domain]) -> bool:
+        """Whether these are the domains that this classifier was trained from."""
+        return self.digest == training_digest(domains)
+
+    def classify(self, text: str) -> Classification:
+        """What a text is about; abstains where it is like none of the domains, or says too little."""
+        vector = self._vocabulary.vector(_counts(text))
+        if not self.names or not vector.known:
+            return Classification(domain=None, confidence=0.0, ranking=tuple((n, 0.0) for n in self.names))
+        pick = itemgetter(*vector.ids)
+        scores = [sum(map(mul, pick(weights), vector.values)) for weights in self._weights]
+        best = max(scores)
+        confidence = self._calibration.probability(best)
+        odds = [math.exp(max(-40.0, self._calibration.slope * (score - best))) for score in scores]
+        total = sum(odds)
+        ranking = sorted(
+            ((n, o / total) for n, o in zip(self.names, odds, strict=True)), key=lambda r: (-r[1], r[0])
+        )
+        domain = ranking[0][0] if confidence >= ABSTAIN_BELOW else None
+        return Classification(domain=domain, confidence=confidence, ranking=tuple(ranking))
+
+    def __repr__(self) -> str:
+        return f"Classifier({len(self.names)} domains, {len(self._vocabulary)} features, {self.digest[:12]})"
+
+
+def _texts(domain: Domain, examples_max: int) -> Iterable[str]:
+    yield f"{domain.name.replace('_', ' ').replace('-', ' ')}: {domain.description}"
+    yield from domain.examples[:examples_max]
+
+
+def _calibrate(ridge: _Ridge, held_out: Sequence[tuple[_Vector, int]]) -> _Calibration:
+    """What texts score that were not learned: in their own domain, and at best in the others (which stands
+    for texts of no domain)."""
+    inside: list[float] = []
+    outside: list[float] = []
+    for vector, column in held_out:
+        scores = ridge.scores(vector)
+        inside.append(scores[column])
+        outside.extend([max(scores[:column] + scores[column + 1 :])] if len(scores) > 1 else [])
+    return _Calibration.of(inside, outside)
+
+
+def training_digest(domains: Sequence[Domain]) -> str:
+    """Names a set of domains by what a classifier would learn from it."""
+    digest = hashlib.sha256()
+    for domain in sorted(domains, key=lambda d: d.name):
+        for text in (domain.name, domain.description, *domain.examples):
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(4, "big") + encoded)
+        digest.update(b"\xff\xff\xff\xff")
+    return digest.hexdigest()
