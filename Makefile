@@ -58,7 +58,7 @@ check-format:
 check-lint:
 	@echo "  · lint" && $(BIN)/ruff check --quiet .
 check-types:
-	@echo "  · types" && $(BIN)/mypy --no-error-summary
+	@echo "  · types" && $(BIN)/mypy --no-error-summary && $(BIN)/mypy --no-error-summary deploy tests/test_house.py
 check-imports:
 	@echo "  · imports" && PATH="$(BIN):$$PATH" $(BIN)/lint-imports >$(STEPS)/imports.log 2>&1 || { cat $(STEPS)/imports.log; exit 1; }
 check-stubs:
@@ -95,8 +95,14 @@ sweep: dev ## every scenario over many seeds
 	@$(BIN)/python -m simulations sweep
 
 .PHONY: compose-test
-compose-test: dev ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
+compose-test: dev wheel ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
 	@$(BIN)/python deploy/docker/compose_test.py
+
+.PHONY: wheel
+wheel: $(STEPS)/engine ## the compiled engine as a file: build/wheels/llama_cpp_python-*.whl
+	@PATH="$(BIN):$$PATH" CMAKE_ARGS="$(ENGINE_ARGS)" \
+	$(SETUP) "packing the engine" --usual "seconds" --log $(CURDIR)/$(STEPS)/wheel.log -- \
+	$(PIP) wheel --verbose --cache-dir "$(ENGINE_CACHE)" --require-hashes --no-deps --no-build-isolation -w build/wheels -r requirements/engine.txt
 
 .PHONY: fresh-test
 fresh-test: ## the README's two commands, word for word, in a bare Debian container (needs a docker engine)

@@ -1,9 +1,9 @@
-"""Runs one long command quietly: a line that tells the time, the whole output in a file, its end only on failure.
+"""Runs one long command quietly: a line that tells the time, the output in a file, its end shown on failure.
 
     python3 step.py "building llama.cpp" --usual "3 to 8 minutes" --log FILE -- COMMAND [ARGUMENT...]
 
-Owns how the installation looks to a person (a line that counts on a terminal, a line every half minute elsewhere).
-It must not know what the command does, and runs with nothing but the standard library of Python 3.11.
+Owns how the installation looks to a person: a line that counts on a terminal, a line every half minute
+elsewhere. It must not know what the command does, nor need more than the standard library of Python 3.11.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def run(what: str, usual: str, log: Path, command: Sequence[str]) -> int:
     if code == 0:
         print(f"{start}  ✓ {what} ({_spent(time.monotonic() - begun)})", flush=True)
         return 0
-    print(f"{start}  ✗ {what}: failed after {_spent(time.monotonic() - begun)}; its last words:\n", file=sys.stderr)
+    print(
+        f"{start}  ✗ {what}: failed after {_spent(time.monotonic() - begun)}; its last words:\n",
+        file=sys.stderr,
+    )
     for line in _tail(log).decode(errors="replace").splitlines()[-TAIL_LINES:]:
         print(f"    {line}", file=sys.stderr)
     print(f"\n    all of it: {log}", file=sys.stderr)
@@ -97,11 +100,11 @@ def main() -> int:
     parser.add_argument("what", help="what is being done, for the person who waits")
     parser.add_argument("--usual", default="", help="how long it usually takes")
     parser.add_argument("--log", type=Path, required=True, help="where the command's output goes")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
-    given = parser.parse_args()
-    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given = parser.parse_args(sys.argv[1:split])
+    command = sys.argv[split + 1 :]
     if not command:
-        parser.error("a command is missing")
+        parser.error("-- and a command are missing")
 
     def interrupted(_signal: int, _frame: object) -> None:
         raise KeyboardInterrupt
