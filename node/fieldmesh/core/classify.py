@@ -279,10 +279,6 @@ class Classifier:
                 ridge.epoch(turn)
         return cls(tuple(d.name for d in ordered), training_digest(domains), vocabulary, ridge, calibration)
 
-    def learned(self, domains: Sequence[Domain]) -> bool:
-        """Whether these are the domains that this classifier was trained from."""
-        return self.digest == training_digest(domains)
-
     def classify(self, text: str) -> Classification:
         """What a text is about; abstains where it is like none of the domains, or says too little."""
         vector = self._vocabulary.vector(_counts(text))
@@ -319,6 +315,23 @@ def _calibrate(ridge: _Ridge, held_out: Sequence[tuple[_Vector, int]]) -> _Calib
         inside.append(scores[column])
         outside.extend([max(scores[:column] + scores[column + 1 :])] if len(scores) > 1 else [])
     return _Calibration.of(inside, outside)
+
+
+def merged(domains: Iterable[Domain]) -> tuple[Domain, ...]:
+    """Domains by name; where several profiles declare one, their words are put together."""
+    descriptions: dict[str, dict[str, None]] = {}
+    examples: dict[str, dict[str, None]] = {}
+    for domain in dict.fromkeys(domains):
+        descriptions.setdefault(domain.name, {})[domain.description] = None
+        examples.setdefault(domain.name, {}).update(dict.fromkeys(domain.examples))
+    return tuple(
+        Domain(
+            name=name,
+            description="\n".join(sorted(descriptions[name])),
+            examples=tuple(sorted(examples[name])),
+        )
+        for name in sorted(descriptions)
+    )
 
 
 def training_digest(domains: Sequence[Domain]) -> str:

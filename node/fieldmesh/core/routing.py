@@ -25,13 +25,13 @@ wish spills to a generalist: an answer beats a refusal.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
 from typing import assert_never
 
-from fieldmesh.core.classify import Classification, Classifier
+from fieldmesh.core.classify import Classification, Classifier, merged, training_digest
 from fieldmesh.core.errors import (
     ConfigError,
     DomainNotFound,
@@ -191,7 +191,17 @@ class Catalogue:
     Telling "owners gone" from "never known" needs the rows of dead members.
     """
 
-    __slots__ = ("_groups", "_local", "_offers", "domain_names", "domains", "models", "profiles", "rows")
+    __slots__ = (
+        "_groups",
+        "_local",
+        "_offers",
+        "domain_names",
+        "domains",
+        "models",
+        "profiles",
+        "rows",
+        "training_digest",
+    )
 
     def __init__(self, view: MeshView) -> None:
         self.rows: tuple[tuple[NodeId, Row | None], ...] = tuple((m.id, m.row) for m in view.members)
@@ -205,8 +215,9 @@ class Catalogue:
         self._groups: dict[tuple[str, str, str], tuple[_Group, ...]] = {}
         self.profiles = frozenset(o.profile.name for o in self._offers)
         self.models = frozenset(o.profile.model for o in self._offers)
-        self.domains: tuple[Domain, ...] = _merged(d for o in self._offers for d in o.profile.domains)
+        self.domains: tuple[Domain, ...] = merged(d for o in self._offers for d in o.profile.domains)
         self.domain_names = frozenset(d.name for d in self.domains)
+        self.training_digest = training_digest(self.domains)
 
     def describes(self, view: MeshView) -> bool:
         """Whether the view has the same members with the same rows (the same objects: this is cheap)."""
@@ -293,27 +304,10 @@ class Index:
         then ``with_classifier``; until then the older one serves)."""
         if self.classifier is None:
             return bool(self.domains)
-        return not self.classifier.learned(self.domains)
+        return self.classifier.digest != self.catalogue.training_digest
 
     def with_classifier(self, classifier: Classifier) -> Index:
         return replace(self, classifier=classifier)
-
-
-def _merged(domains: Iterable[Domain]) -> tuple[Domain, ...]:
-    """Domains by name; where several profiles declare one, their words are put together."""
-    descriptions: dict[str, dict[str, None]] = {}
-    examples: dict[str, dict[str, None]] = {}
-    for domain in dict.fromkeys(domains):
-        descriptions.setdefault(domain.name, {})[domain.description] = None
-        examples.setdefault(domain.name, {}).update(dict.fromkeys(domain.examples))
-    return tuple(
-        Domain(
-            name=name,
-            description="\n".join(sorted(descriptions[name])),
-            examples=tuple(sorted(examples[name])),
-        )
-        for name in sorted(descriptions)
-    )
 
 
 # --- what this node has sent -------------------------------------------------------------
