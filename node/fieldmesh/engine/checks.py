@@ -1,0 +1,96 @@
+"""Bounds of a job, with errors that name the field. Every engine, real or fake, checks before it works."""
+
+from __future__ import annotations
+
+import math
+
+from fieldmesh.core.errors import InvalidRequest, PromptTooLong
+from fieldmesh.core.model import Prompt, Sampling
+from fieldmesh.engine.port import Job
+
+GENERATION_ID_CHARACTERS_MAX = 128
+PROMPT_BYTES_MAX = 4 << 20
+MESSAGES_MAX = 4096
+TOKENS_MAX = 1 << 20
+STOPS_MAX = 16
+STOP_CHARACTERS_MAX = 256
+STOP_TOKEN_IDS_MAX = 64
+ROLES = ("system", "user", "assistant", "tool")
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 10),
+    "top_k": (0, 1 << 20),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 10),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "max_tokens": (1, TOKENS_MAX),
+    "min_tokens": (0, TOKENS_MAX),
+}
+
+
+def check_job(job: Job) -> None:
+    """Raise InvalidRequest or PromptTooLong for the first field that is out of bounds."""
+    if not 1 <= len(job.generation_id) <= GENERATION_ID_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"generation_id must have 1 to {GENERATION_ID_CHARACTERS_MAX} characters", field="generation_id"
+        )
+    check_prompt(job.prompt)
+    check_sampling(job.sampling)
+    if job.deadline_s is not None and not math.isfinite(job.deadline_s):
+        raise InvalidRequest(
+            f"deadline_s must be a number of seconds, not {job.deadline_s}", field="deadline_s"
+        )
+    if len(job.resume_token_ids) >= TOKENS_MAX:
+        raise InvalidRequest(f"at most {TOKENS_MAX} tokens can be resumed", field="resume_token_ids")
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Raise InvalidRequest or PromptTooLong unless exactly one form is set and of a sane size."""
+    forms = [prompt.text is not None, bool(prompt.token_ids), bool(prompt.messages)]
+    if sum(forms) != 1:
+        raise InvalidRequest("exactly one of text, token_ids and messages must be set", field="prompt")
+    if prompt.text == "":
+        raise InvalidRequest("text is empty; at least one character is needed", field="prompt.text")
+    if len(prompt.messages) > MESSAGES_MAX:
+        raise InvalidRequest(f"at most {MESSAGES_MAX} messages are accepted", field="messages")
+    for index, message in enumerate(prompt.messages):
+        if message.role not in ROLES:
+            raise InvalidRequest(
+                f"role {message.role!r} is not one of {', '.join(ROLES)}", field=f"messages[{index}].role"
+            )
+    if not any(m.content.strip() for m in prompt.messages) and prompt.messages:
+        raise InvalidRequest("all messages are empty; at least one needs content", field="messages")
+    size = len(prompt.text or "") + sum(len(m.content) for m in prompt.messages) + 4 * len(prompt.token_ids)
+    if size > PROMPT_BYTES_MAX:
+        raise PromptTooLong(
+            f"the prompt has {size} bytes; at most {PROMPT_BYTES_MAX} are read", field="prompt"
+        )
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise InvalidRequest for the first parameter that is out of bounds."""
+    for name, (low, high) in _BOUNDS.items():
+        value = getattr(sampling, name)
+        if not low <= value <= high:  # false for NaN too
+            raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}", field=name)
+    if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
+        raise InvalidRequest("seed must be between 0 and 2**64 - 1", field="seed")
+    if len(sampling.stop) > STOPS_MAX or any(not 1 <= len(s) <= STOP_CHARACTERS_MAX for s in sampling.stop):
+        raise InvalidRequest(
+            f"stop takes at most {STOPS_MAX} strings of 1 to {STOP_CHARACTERS_MAX} characters", field="stop"
+        )
+    if len(sampling.stop_token_ids) > STOP_TOKEN_IDS_MAX:
+        raise InvalidRequest(
+            f"at most {STOP_TOKEN_IDS_MAX} stop_token_ids are accepted", field="stop_token_ids"
+        )
+
+
+def check_token_ids(token_ids: tuple[int, ...], vocabulary_tokens: int, field: str) -> None:
+    """Raise InvalidRequest for a token id that the vocabulary does not have."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary_tokens):
+        raise InvalidRequest(
+            f"token ids must be between 0 and {vocabulary_tokens - 1}, the size of the vocabulary",
+            field=field,
+        )

@@ -1,0 +1,181 @@
+"""The engine's process: a socket to the host, a model, and the loop between them.
+
+Owns: process setup (dies with its host, first to be killed for memory, deaf to Ctrl-C), reading commands
+between steps, one frame of reports a step. Must not: decide anything about generations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fieldmesh.core.errors import FieldmeshError
+from fieldmesh.engine.frames import (
+    LENGTH_BYTES,
+    Command,
+    Configure,
+    Loading,
+    Ready,
+    Report,
+    decode_commands,
+    encode,
+    failed,
+    frame_length,
+)
+from fieldmesh.engine.gguf import GgufHeader, read_header
+from fieldmesh.engine.loop import EngineLoop
+from fieldmesh.engine.port import EngineInfo
+from fieldmesh.engine.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from fieldmesh.engine.llama import LlamaModel
+
+_PR_SET_PDEATHSIG = 1
+_READ_BYTES = 1 << 18
+
+
+def main(fd: int, parent_pid: int) -> int:
+    """Serve the host on the inherited socket ``fd`` until it closes. Returns the exit status."""
+    _prepare_process(parent_pid)
+    channel = _Channel(socket.socket(fileno=fd))
+    configure = next(channel.commands(None), None)
+    if not isinstance(configure, Configure):
+        return 2 if configure else 0
+    try:
+        loop, info = _load(configure, channel)
+    except FieldmeshError as error:
+        channel.send([failed(0, error)])
+        return 3
+    channel.send([Ready(info), loop.statistics()])
+    _serve(channel, loop)
+    return 0
+
+
+def _serve(channel: _Channel, loop: EngineLoop) -> None:
+    """Take commands, plan, run, send: until the host is gone."""
+    busy = False
+    while not channel.closed:
+        wait_s: float | None = 0.0
+        if not busy:
+            wait_s = None if loop.deadline is None else max(0.0, loop.deadline - time.monotonic())
+        reports: list[Report] = []
+        for command in channel.commands(wait_s):
+            reports += loop.handle(command, time.monotonic())
+        plan, expired = loop.plan(time.monotonic())
+        reports += expired
+        if reports:  # what was refused or accepted need not wait for a step
+            channel.send(reports)
+        busy = bool(plan.slices)
+        if busy:
+            channel.send(loop.run(plan, time.monotonic))
+
+
+def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineInfo]:
+    settings = configure.settings
+    settings.validate()
+    header = read_header(settings.model_path)
+    fingerprint = configure.fingerprint or _fingerprint(settings.model_path, channel)
+    from fieldmesh.engine.llama import LlamaModel  # a damaged file is told without loading the library
+
+    model = LlamaModel(settings, lambda share: channel.send([Loading(share)]))
+    loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32))
+    return loop, _info(settings, header, fingerprint, model, loop)
+
+
+def _info(
+    settings: EngineSettings, header: GgufHeader, fingerprint: str, model: LlamaModel, loop: EngineLoop
+) -> EngineInfo:
+    return EngineInfo(
+        model=settings.model_name or header.name or Path(settings.model_path).stem,
+        fingerprint=fingerprint,
+        architecture=header.architecture,
+        parameters=model.parameters,
+        context_tokens=settings.context_tokens,
+        slots=settings.slots,
+        vocabulary_tokens=model.vocabulary_tokens,
+        threads=settings.threads,
+        chat_template=loop.has_chat_template,
+        settings={
+            "flash_attention": str(settings.flash_attention).lower(),
+            "prefill_tokens": str(settings.prefill_tokens),
+            "mixed_tokens": str(settings.mixed_tokens),
+            "reuse_prefixes": str(loop.batcher.config.reuse_prefixes).lower(),
+            "n_gpu_layers": str(settings.n_gpu_layers),
+        },
+    )
+
+
+def _fingerprint(path: str, channel: _Channel) -> str:
+    """SHA-256 of the file, with a sign of life to the host now and then."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(64 << 20):
+            digest.update(block)
+            channel.send([Loading(0.0)])
+    return digest.hexdigest()
+
+
+class _Channel:
+    """The socket to the host: commands as they come, reports as frames."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+        self.closed = False
+
+    def send(self, reports: list[Report]) -> None:
+        """Blocks while the host does not read: then there is no use in computing more."""
+        try:
+            self._socket.sendall(encode(reports))
+        except OSError:
+            self.closed = True
+
+    def commands(self, wait_s: float | None) -> Iterator[Command]:
+        """Commands that are there now; waits up to ``wait_s`` for the first (None: until one comes)."""
+        while not self.closed:
+            while (body := self._frame()) is not None:
+                yield from decode_commands(body)
+                wait_s = 0.0
+            if not select.select([self._socket], [], [], wait_s)[0]:
+                return
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except OSError:
+            data = b""
+        self._buffer += data
+        self.closed = not data
+
+    def _frame(self) -> bytes | None:
+        if len(self._buffer) < LENGTH_BYTES:
+            return None
+        end = LENGTH_BYTES + frame_length(bytes(self._buffer[:LENGTH_BYTES]))
+        if len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[LENGTH_BYTES:end])
+        del self._buffer[:end]
+        return body
+
+
+def _prepare_process(parent_pid: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host, which then closes the socket
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before prctl
+        sys.exit(0)
+    # The kernel takes the engine first for memory: the node without it is still a member of its mesh.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")

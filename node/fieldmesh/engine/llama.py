@@ -1,0 +1,309 @@
+"""llama.cpp behind plain types: the only module that imports llama_cpp.
+
+Owns: the model, the context, its batch, samplers, pieces of tokens, the library's log. Must not: schedule,
+speak to the host, or know what a generation is. One thread owns a LlamaModel.
+
+The KV cache is one stream a slot (``kv_unified`` off) and flash attention is off unless asked for: on a CPU
+a sequence's logits are then bit-identical whatever shares its step and however its prompt was chunked
+(measured: chunks of 16 to 512, 1 to 300 foreign tokens in the batch, 1 to 4 decoders). The library puts
+sequences into one pass only where their ids are consecutive, so rows go in by slot and the scheduler
+prefers neighbouring slots.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+
+from fieldmesh.core.batching import Place, Slice
+from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
+from fieldmesh.core.model import Sampling
+from fieldmesh.engine.settings import EngineSettings
+
+LOG_LINES_MAX = 20
+PENALTY_WINDOW_TOKENS = 1024
+PIECE_BYTES_MAX = 512
+
+_log_lines: deque[str] = deque(maxlen=LOG_LINES_MAX)
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _user_data: object) -> None:
+    if level in (3, 4):  # warnings and errors
+        _log_lines.append(text.decode("utf-8", errors="replace").strip())
+
+
+class LlamaModel:
+    """A loaded model and one context with ``settings.slots`` sequences.
+
+    Raises ModelFileInvalid where llama.cpp refuses the file, ConfigError where the settings do not suit it.
+    """
+
+    def __init__(self, settings: EngineSettings, on_progress: Callable[[float], None]) -> None:
+        lib.llama_log_set(_keep_log, None)
+        lib.llama_backend_init()
+        self._model = _load_model(settings, on_progress)
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.vocabulary_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
+        self._check(settings)
+        self._context = _new_context(self._model, settings)
+        self._memory = lib.llama_get_memory(self._context)
+        self._rows_max = max(settings.prefill_tokens, settings.mixed_tokens)
+        self._batch = lib.llama_batch_init(self._rows_max, 0, 1)
+        self._pieces: dict[int, bytes] = {}
+        self._ends = frozenset(
+            t for t in range(self.vocabulary_tokens) if lib.llama_vocab_is_eog(self._vocab, t)
+        )
+        self._warm_up()
+
+    # --- facts ------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> int:
+        return int(lib.llama_model_n_params(self._model))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens with which the model says that it is done."""
+        return self._ends
+
+    @property
+    def prefixes_reusable(self) -> bool:
+        """Whether the cache can be cut at any token: not so with sliding windows or recurrent layers."""
+        model = self._model
+        return not (
+            lib.llama_model_is_recurrent(model)
+            or lib.llama_model_is_hybrid(model)
+            or lib.llama_model_n_swa(model) > 0
+        )
+
+    @property
+    def chat_template(self) -> str:
+        found = lib.llama_model_chat_template(self._model, None)
+        return found.decode("utf-8", errors="replace") if found else ""
+
+    @property
+    def bos(self) -> str:
+        return self._token_text(int(lib.llama_vocab_bos(self._vocab)))
+
+    @property
+    def eos(self) -> str:
+        return self._token_text(int(lib.llama_vocab_eos(self._vocab)))
+
+    def _token_text(self, token: int) -> str:
+        text = lib.llama_vocab_get_text(self._vocab, token) if token >= 0 else b""
+        return bytes(text or b"").decode("utf-8", errors="replace")
+
+    def _check(self, settings: EngineSettings) -> None:
+        if not lib.llama_model_has_decoder(self._model) or lib.llama_model_has_encoder(self._model):
+            raise ModelFileInvalid(
+                f"the model file {settings.model_path} holds no text generator (decoder-only model)",
+                field="model_path",
+            )
+        trained = int(lib.llama_model_n_ctx_train(self._model))
+        if settings.context_tokens > trained:
+            raise ConfigError(
+                f"context_tokens is {settings.context_tokens}, but the model was trained for {trained}: "
+                f"set it to at most {trained}",
+                field="context_tokens",
+            )
+
+    # --- tokens -----------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_bos: bool) -> tuple[int, ...]:
+        """Token ids of ``text``; control tokens written out in it are recognised."""
+        data = text.encode("utf-8", errors="replace")
+        room = len(data) + 8
+        tokens = (lib.llama_token * room)()
+        count = lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_bos, True)
+        if count < 0:
+            raise Internal(f"the tokenizer wants {-count} tokens for {len(data)} bytes")
+        return tuple(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for; control tokens stand for none."""
+        found = self._pieces.get(token)
+        if found is None:
+            buffer = ctypes.create_string_buffer(PIECE_BYTES_MAX)
+            length = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES_MAX, 0, False)
+            found = self._pieces[token] = buffer.raw[: max(0, length)]
+        return found
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def place(self, places: Sequence[Place]) -> None:
+        """Bring slots to the contents that the scheduler wants, in order."""
+        for place in places:
+            if place.source != place.slot and place.keep_tokens:
+                lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
+                lib.llama_memory_seq_cp(self._memory, place.source, place.slot, -1, -1)
+            if not lib.llama_memory_seq_rm(self._memory, place.slot, place.keep_tokens, -1):
+                raise Internal(f"the KV cache could not be cut at {place.keep_tokens} tokens")
+
+    def run(self, slices: Sequence[Slice]) -> dict[str, int]:
+        """Compute one step. Returns the row of the logits of every slice that samples, by id."""
+        batch, row, rows = self._batch, 0, {}
+        for piece in sorted(slices, key=lambda s: s.slot):
+            for offset, token in enumerate(piece.token_ids):
+                batch.token[row] = token
+                batch.pos[row] = piece.position + offset
+                batch.n_seq_id[row] = 1
+                batch.seq_id[row][0] = piece.slot
+                batch.logits[row] = 0
+                row += 1
+            if piece.sample:
+                batch.logits[row - 1] = 1
+                rows[piece.id] = row - 1
+        batch.n_tokens = row
+        code = lib.llama_decode(self._context, batch)
+        if code != 0:
+            raise Internal(f"llama_decode returned {code} for {row} tokens: {'; '.join(_log_lines)}")
+        return rows
+
+    def sampler(
+        self, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]
+    ) -> Sampler:
+        """A sampler that continues after ``resumed`` tokens. The caller closes it."""
+        return Sampler(self, sampling, seed, resumed, prompt)
+
+    def logits(self, row: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        """The logits of one row of the last step: a view that the next step overwrites."""
+        pointer = lib.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
+
+    def _warm_up(self) -> None:
+        """Touch all weights once, so that the first request does not pay for page faults."""
+        self.run([Slice(id="", slot=0, position=0, token_ids=(0,), sample=True)])
+        lib.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        """Free everything."""
+        lib.llama_batch_free(self._batch)
+        lib.llama_free(self._context)
+        lib.llama_model_free(self._model)
+
+
+class Sampler:
+    """Draws tokens for one generation.
+
+    The draw for token ``index`` depends on logits, parameters, seed and index alone, never on how many
+    draws were made before in this process: a resumed stream draws what the interrupted one would have.
+    """
+
+    def __init__(
+        self, model: LlamaModel, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._seed = seed
+        self._banned_always = np.array(
+            sorted(model.end_tokens) if sampling.ignore_eos else [], dtype=np.int64
+        )
+        self._banned_early = np.array(sorted(model.end_tokens | {*sampling.stop_token_ids}), dtype=np.int64)
+        repeats = sampling.repetition_penalty != 1.0
+        counts = bool(sampling.frequency_penalty or sampling.presence_penalty)
+        self._plain = sampling.temperature == 0 and not repeats and not counts
+        self._chain = None if self._plain else self._new_chain(repeats, counts, resumed, prompt)
+
+    def _new_chain(
+        self, repeats: bool, counts: bool, resumed: Sequence[int], prompt: Sequence[int]
+    ) -> lib.llama_sampler_p:
+        """Penalties, top-k, top-p, min-p, temperature: llama.cpp's usual order. ``draw`` adds the rest."""
+        sampling, window = self._sampling, PENALTY_WINDOW_TOKENS
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        size = self._model.vocabulary_tokens
+        if repeats:  # counts the prompt too, as transformers and vLLM do
+            penalty = lib.llama_sampler_init_penalties(size, window, sampling.repetition_penalty, 0.0, 0.0)
+            for token in prompt[-window:]:
+                lib.llama_sampler_accept(penalty, token)
+            lib.llama_sampler_chain_add(chain, penalty)
+        if counts:  # the answer alone, as OpenAI defines them
+            penalty = lib.llama_sampler_init_penalties(
+                size, window, 1.0, sampling.frequency_penalty, sampling.presence_penalty
+            )
+            lib.llama_sampler_chain_add(chain, penalty)
+        for token in resumed:
+            lib.llama_sampler_accept(chain, token)
+        if sampling.temperature > 0:
+            if sampling.top_k > 0:
+                lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(sampling.min_p, 1))
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
+        return chain
+
+    def draw(self, row: int, index: int) -> int:
+        """The token that follows, from the last step's logits at ``row``."""
+        model, sampling = self._model, self._sampling
+        banned = self._banned_early if index < sampling.min_tokens else self._banned_always
+        if self._plain or banned.size:
+            logits = model.logits(row)
+            logits[banned] = -np.inf
+            if self._plain:
+                return int(logits.argmax())
+        last = (
+            lib.llama_sampler_init_dist(draw_seed(self._seed, index))
+            if sampling.temperature > 0
+            else lib.llama_sampler_init_greedy()
+        )
+        lib.llama_sampler_chain_add(self._chain, last)
+        token = int(lib.llama_sampler_sample(self._chain, model._context, row))
+        count = lib.llama_sampler_chain_n(self._chain)
+        lib.llama_sampler_free(lib.llama_sampler_chain_remove(self._chain, count - 1))
+        return token
+
+    def close(self) -> None:
+        """Free the chain; the sampler is of no use afterwards."""
+        if self._chain is not None:
+            lib.llama_sampler_free(self._chain)
+            self._chain = None
+
+
+def draw_seed(seed: int, index: int) -> int:
+    """32 well-mixed bits of (seed, index): splitmix64's finaliser (Steele, Lea, Flood 2014)."""
+    mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 31)) >> 32
+
+
+def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) -> lib.llama_model_p:
+    @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+    def progress(share: float, _user_data: object) -> bool:
+        on_progress(share)
+        return True
+
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = settings.n_gpu_layers
+    params.progress_callback = progress
+    model = lib.llama_model_load_from_file(settings.model_path.encode(), params)
+    if not model:
+        raise ModelFileInvalid(
+            f"llama.cpp cannot load {settings.model_path}: {'; '.join(_log_lines) or 'no reason given'}; "
+            "fetch the file again, or use another model",
+            field="model_path",
+        )
+    return model
+
+
+def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llama_context_p:
+    params = lib.llama_context_default_params()
+    params.n_ctx = settings.context_tokens * settings.slots
+    params.n_seq_max = settings.slots
+    params.n_batch = params.n_ubatch = max(settings.prefill_tokens, settings.mixed_tokens)
+    params.n_threads = params.n_threads_batch = settings.threads
+    params.flash_attn_type = int(settings.flash_attention)
+    params.kv_unified = False
+    params.no_perf = True
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise ConfigError(
+            f"llama.cpp cannot make a context of {settings.slots} x {settings.context_tokens} tokens: "
+            f"{'; '.join(_log_lines) or 'no reason given'}; lower slots or context_tokens",
+            field="context_tokens",
+        )
+    return context

@@ -1,0 +1,298 @@
+"""The engine's own loop, without its socket: commands in, reports out, one step at a time.
+
+Owns: generations (text, sampler, token index) around the scheduler, and how a prompt becomes tokens.
+Must not: wait, read a clock of its own, or know which model computes: the child process runs it over
+llama.cpp in real time, the fake over a cost model in any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, assert_never
+
+from fieldmesh.core.batching import Batcher, Output, Place, Sampled, Slice, StepPlan, Work
+from fieldmesh.core.errors import DeadlineExceeded, FieldmeshError, InvalidRequest
+from fieldmesh.core.model import Completion, FinishReason, Prompt, Sampling, Usage
+from fieldmesh.core.text import TextStream
+from fieldmesh.engine.chat import ChatTemplate
+from fieldmesh.engine.checks import check_token_ids
+from fieldmesh.engine.frames import (
+    Accepted,
+    Cancel,
+    Command,
+    Configure,
+    Done,
+    Pause,
+    Ping,
+    Report,
+    Resume,
+    Statistics,
+    Submit,
+    Tokenize,
+    Tokenized,
+    Tokens,
+    failed,
+)
+from fieldmesh.engine.port import Job
+from fieldmesh.engine.settings import EngineSettings
+
+
+class Draws(Protocol):
+    """Draws the tokens of one generation."""
+
+    def draw(self, row: int, index: int) -> int:
+        """The token with number ``index`` of the generation, from the last step's ``row``."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class Model(Protocol):
+    """What the loop needs of a model. ``end_tokens`` end a generation unless it ignores them."""
+
+    @property
+    def vocabulary_tokens(self) -> int: ...
+    @property
+    def end_tokens(self) -> frozenset[int]: ...
+    @property
+    def prefixes_reusable(self) -> bool: ...
+    @property
+    def chat_template(self) -> str: ...
+    @property
+    def bos(self) -> str: ...
+    @property
+    def eos(self) -> str: ...
+
+    def tokenize(self, text: str, *, add_bos: bool) -> tuple[int, ...]:
+        """Token ids of a text."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes."""
+        ...
+
+    def place(self, places: Sequence[Place]) -> None:
+        """Bring slots to the wanted contents."""
+        ...
+
+    def run(self, slices: Sequence[Slice]) -> Mapping[str, int]:
+        """Compute a step; the row of every slice that samples, by id."""
+        ...
+
+    def sampler(self, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]) -> Draws:
+        """What draws one generation's tokens."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _Generation:
+    key: int
+    sampling: Sampling
+    seed: int
+    stream: TextStream
+    sampler: Draws
+    stop_tokens: frozenset[int]
+    index: int
+    text: str = ""
+
+    def take(self, token: int, piece: bytes) -> bool:
+        """Add a token's text; True if the generation ends with it."""
+        self.index += 1
+        if token in self.stop_tokens:
+            self.text = ""
+            return True
+        self.text = self.stream.push(piece)
+        return bool(self.stream.matched_stop)
+
+
+class EngineLoop:
+    """One model's loop. ``new_seed`` chooses a seed for jobs that have none.
+
+    The host calls ``handle`` for each command, then ``plan`` and, if there are slices, ``run``; each returns
+    reports to send. A plan without slices means: wait for a command, or until ``deadline``.
+    """
+
+    def __init__(self, settings: EngineSettings, model: Model, new_seed: Callable[[], int]) -> None:
+        config = settings.batcher_config()
+        reuse = config.reuse_prefixes and model.prefixes_reusable
+        self.batcher = Batcher(replace(config, reuse_prefixes=reuse))
+        self._settings = settings
+        self._model = model
+        self._new_seed = new_seed
+        self._generations: dict[str, _Generation] = {}
+        source = settings.chat_template or model.chat_template
+        self._chat = ChatTemplate(source, bos=model.bos, eos=model.eos) if source else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
+
+    @property
+    def deadline(self) -> float | None:
+        return self.batcher.deadline
+
+    # --- commands ---------------------------------------------------------------------------
+
+    def handle(self, command: Command, now: float) -> list[Report]:
+        """Take one command. Errors of a job are reports, not exceptions."""
+        match command:
+            case Submit():
+                return self._answer(command.key, lambda: self._submit(command, now))
+            case Tokenize():
+                return self._answer(
+                    command.key, lambda: [Tokenized(command.key, self._tokenize(command.prompt))]
+                )
+            case Cancel():
+                self.batcher.cancel(str(command.key))
+                self._forget(str(command.key))
+                return [self.statistics()]
+            case Pause():
+                self.batcher.pause(str(command.key))
+            case Resume():
+                self.batcher.resume(str(command.key))
+            case Ping():
+                return [self.statistics()]
+            case Configure():
+                raise AssertionError("an engine is configured once")
+            case _:
+                assert_never(command)
+        return []
+
+    def _answer(self, key: int, work: Callable[[], list[Report]]) -> list[Report]:
+        try:
+            return work()
+        except FieldmeshError as error:
+            return [failed(key, error)]
+
+    def _submit(self, command: Submit, now: float) -> list[Report]:
+        job = command.job
+        prompt = self._tokenize(job.prompt)
+        check_token_ids(job.resume_token_ids, self._model.vocabulary_tokens, "resume_token_ids")
+        check_token_ids(job.sampling.stop_token_ids, self._model.vocabulary_tokens, "stop_token_ids")
+        stream, seed = TextStream(job.sampling.stop), job.sampling.seed
+        stop_tokens = frozenset(job.sampling.stop_token_ids)
+        if not job.sampling.ignore_eos:
+            stop_tokens |= self._model.end_tokens
+        seed = self._new_seed() if seed is None else seed
+        for token in job.resume_token_ids:
+            if token not in stop_tokens:
+                stream.push(self._model.piece(token))  # its text was delivered with it
+        if ended := _ended_before(job, stream, stop_tokens):
+            return self._nothing_left(command.key, job, stream, ended, len(prompt), seed)
+        self.batcher.submit(
+            Work(
+                id=str(command.key),
+                prompt_token_ids=prompt,
+                resume_token_ids=job.resume_token_ids,
+                tokens_max=job.sampling.max_tokens,
+                priority=job.priority,
+                tenant=job.tenant,
+                deadline=command.deadline,
+            ),
+            now,
+        )
+        self._generations[str(command.key)] = _Generation(
+            key=command.key,
+            sampling=job.sampling,
+            seed=seed,
+            stream=stream,
+            sampler=self._model.sampler(job.sampling, seed, job.resume_token_ids, prompt),
+            stop_tokens=stop_tokens,
+            index=len(job.resume_token_ids),
+        )
+        return [Accepted(command.key, len(prompt)), self.statistics()]
+
+    def _nothing_left(
+        self, key: int, job: Job, stream: TextStream, ended: FinishReason, prompt_tokens: int, seed: int
+    ) -> list[Report]:
+        """The delivered tokens were all: the interruption came between the last of them and the end."""
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(job.resume_token_ids))
+        completion = Completion(finish_reason=ended, usage=usage, matched_stop=stream.matched_stop, seed=seed)
+        reports: list[Report] = [Accepted(key, prompt_tokens)]
+        if rest := stream.finish():
+            reports.append(Tokens(key, len(job.resume_token_ids), (), rest))
+        return [*reports, Done(key, completion)]
+
+    def _tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.messages:
+            if self._chat is None:
+                raise InvalidRequest(
+                    "the model has no chat template: send text, or set chat_template in the profile",
+                    field="messages",
+                )
+            text = self._chat.render(prompt.messages, system_prompt=self._settings.system_prompt)
+            return self._model.tokenize(text, add_bos=False)  # templates write the beginning themselves
+        if prompt.text is not None:
+            return self._model.tokenize(prompt.text, add_bos=True)
+        check_token_ids(prompt.token_ids, self._model.vocabulary_tokens, "prompt.token_ids")
+        return prompt.token_ids
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> tuple[StepPlan, list[Report]]:
+        """Decide the next step; reports are about jobs that ran out of time."""
+        plan = self.batcher.plan(now)
+        reports: list[Report] = []
+        for generation_id in plan.expired:
+            generation = self._forget(generation_id)
+            if generation is not None:
+                error = DeadlineExceeded(
+                    f"the deadline passed after {generation.index} of {generation.sampling.max_tokens} tokens"
+                )
+                reports.append(failed(generation.key, error))
+        if plan.expired:
+            reports.append(self.statistics())
+        return plan, reports
+
+    def run(self, plan: StepPlan, clock: Callable[[], float]) -> list[Report]:
+        """Compute ``plan``, draw, commit. Raises Internal where the model itself fails."""
+        self._model.place(plan.places)
+        rows = self._model.run(plan.slices)
+        sampled: list[Sampled] = []
+        for generation_id, row in rows.items():
+            if generation := self._generations.get(generation_id):
+                token = generation.sampler.draw(row, generation.index)
+                stop = generation.take(token, self._model.piece(token))
+                sampled.append(Sampled(id=generation_id, token_id=token, stop=stop))
+        reports: list[Report] = []
+        for output in self.batcher.commit(sampled, clock()):
+            reports.extend(self._report(output))
+        reports.append(self.statistics())
+        return reports
+
+    def _report(self, output: Output) -> list[Report]:
+        generation = self._generations[output.id]
+        key, text = generation.key, generation.text
+        if output.finish is None:
+            return [Tokens(key, output.token_index, (output.token_id,), text)]
+        assert output.usage is not None
+        self._forget(output.id)
+        completion = Completion(
+            finish_reason=output.finish,
+            usage=output.usage,
+            matched_stop=generation.stream.matched_stop,
+            seed=generation.seed,
+        )
+        text += generation.stream.finish()
+        return [Tokens(key, output.token_index, (output.token_id,), text), Done(key, completion)]
+
+    def _forget(self, generation_id: str) -> _Generation | None:
+        generation = self._generations.pop(generation_id, None)
+        if generation is not None:
+            generation.sampler.close()
+        return generation
+
+    def statistics(self) -> Statistics:
+        """How busy the engine is."""
+        return Statistics(self.batcher.load(), self.batcher.steps)
+
+
+def _ended_before(job: Job, stream: TextStream, stop_tokens: frozenset[int]) -> FinishReason | None:
+    """Why a resumed job has nothing left to do; None if it has."""
+    resumed = job.resume_token_ids
+    if stream.matched_stop or (resumed and resumed[-1] in stop_tokens):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(resumed) >= job.sampling.max_tokens else None

@@ -1,0 +1,92 @@
+"""How an engine is set up. Owns: EngineSettings, its bounds and their error messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fieldmesh.core.batching import BatcherConfig
+from fieldmesh.core.errors import ConfigError
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "context_tokens": (16, 1 << 20),
+    "slots": (1, 64),
+    "threads": (1, 512),
+    "prefill_tokens": (16, 8192),
+    "mixed_tokens": (2, 8192),
+    "queue_max": (0, 10_000),
+    "n_gpu_layers": (0, 10_000),
+    "ageing_s": (0.1, 3600),
+    "watchdog_s": (1, 3600),
+    "load_timeout_s": (1, 3600),
+    "stream_tokens_max": (1, 1 << 20),
+    "slow_reader_timeout_s": (0.01, 3600),
+    "crashes_max": (1, 1000),
+    "crash_window_s": (1, 86_400),
+    "restart_backoff_s": (0.001, 60),
+    "restart_backoff_max_s": (0.001, 600),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """One engine: a model and how much of the box it may have.
+
+    ``context_tokens`` bounds each sequence, ``slots`` how many run together; KV memory is their product
+    times the model's bytes a token. ``prefill_tokens`` bounds a step in which nothing decodes,
+    ``mixed_tokens`` one in which something does (see core.batching). ``chat_template`` overrides the
+    model's own; ``system_prompt`` is put before conversations that have none.
+
+    ``flash_attention`` is off by default because, on a CPU, the arithmetic is then independent of how many
+    tokens and sequences share a step: a greedy answer is bit-identical whatever else runs.
+
+    Over ``stream_tokens_max`` unread tokens a stream is paused; paused for ``slow_reader_timeout_s``, it
+    is ended. ``watchdog_s`` without a finished step while there is work means a stuck process.
+    ``crashes_max`` crashes within ``crash_window_s``, with no generation completed between, and the
+    engine is given up.
+    """
+
+    model_path: str
+    model_name: str = ""
+    context_tokens: int = 2048
+    slots: int = 4
+    threads: int = 1
+    prefill_tokens: int = 256
+    mixed_tokens: int = 48
+    queue_max: int = 64
+    ageing_s: float = 10.0
+    chat_template: str = ""
+    system_prompt: str = ""
+    n_gpu_layers: int = 0
+    flash_attention: bool = False
+    reuse_prefixes: bool = True
+    watchdog_s: float = 60.0
+    load_timeout_s: float = 120.0
+    stream_tokens_max: int = 256
+    slow_reader_timeout_s: float = 30.0
+    crashes_max: int = 5
+    crash_window_s: float = 60.0
+    restart_backoff_s: float = 0.1
+    restart_backoff_max_s: float = 10.0
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first setting that is out of bounds or at odds with another."""
+        if not self.model_path:
+            raise ConfigError("model_path is empty; it must be the path of a GGUF file", field="model_path")
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} must be between {low} and {high}, not {value}", field=name)
+        self.batcher_config().validate()
+
+    def batcher_config(self) -> BatcherConfig:
+        """The scheduler's share of these settings."""
+        return BatcherConfig(
+            slots=self.slots,
+            context_tokens=self.context_tokens,
+            cells_total=self.slots * self.context_tokens,
+            prefill_tokens=self.prefill_tokens,
+            mixed_tokens=self.mixed_tokens,
+            queue_max=self.queue_max,
+            ageing_s=self.ageing_s,
+            reuse_prefixes=self.reuse_prefixes,
+        )
