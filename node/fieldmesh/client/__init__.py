@@ -1,0 +1,36 @@
+"""Ask a mesh from Python: ``Client`` in threads, ``AsyncClient`` in an event loop. Needs no engine.
+
+>>> from fieldmesh.client import Client
+>>> with Client("127.0.0.1:7420") as client:
+...     print(client.chat("What is a mesh?").result().text)
+
+Errors are the leaves of ``fieldmesh.core.errors``; their root ``FieldmeshError`` is exported here.
+"""
+
+from fieldmesh.client.aio import AsyncClient, AsyncStream
+from fieldmesh.client.calls import Options
+from fieldmesh.client.failover import Persistence
+from fieldmesh.client.records import Mesh, Node, NodeLoad, Offer, Result, Tokens, as_json
+from fieldmesh.client.sync import Client, Stream
+from fieldmesh.core.errors import FieldmeshError
+from fieldmesh.core.model import Address, Chunk, Message
+
+__all__ = [
+    "Address",
+    "AsyncClient",
+    "AsyncStream",
+    "Chunk",
+    "Client",
+    "FieldmeshError",
+    "Mesh",
+    "Message",
+    "Node",
+    "NodeLoad",
+    "Offer",
+    "Options",
+    "Persistence",
+    "Result",
+    "Stream",
+    "Tokens",
+    "as_json",
+]

@@ -1,0 +1,305 @@
+"""The asynchronous client. Owns: channels, waiting, and cancelling; every decision is failover's.
+
+Must not: be used from several event loops; make one client for each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc.aio
+
+from fieldmesh.client import calls, records
+from fieldmesh.client.calls import Options, TargetOptions, Turns
+from fieldmesh.client.failover import AddressBook, Attempts, Persistence
+from fieldmesh.client.records import Mesh, NodeLoad, Offer, Reply, Result, Tokens
+from fieldmesh.core.errors import Cancelled, FieldmeshError
+from fieldmesh.core.model import Address, Ask, Chunk
+from fieldmesh.v1 import inference_pb2 as pb
+from fieldmesh.v1 import mesh_pb2
+from fieldmesh.v1.inference_pb2_grpc import InferenceServiceStub
+from fieldmesh.v1.mesh_pb2_grpc import MeshServiceStub
+
+
+@dataclass(slots=True)
+class _Link:
+    """A channel to one node, and how many calls are using it."""
+
+    channel: grpc.aio.Channel
+    calls: int = 0
+
+
+class AsyncClient:
+    """Asks a mesh, through any of its nodes, from one event loop.
+
+    ``seeds``: client listeners (``"host:port"``, port 7420 if left out), asked in this order; the others of
+    the mesh are learned from the first that answers. Without seeds, nodes of ``mesh`` are looked for by
+    multicast DNS at the first call. ``timeout_s`` bounds calls that bring no timeout of their own; None
+    leaves it to the node's default. ``persistence`` says how long a failing call goes on.
+
+    The loss of the node that was asked is survived: before the first token another node is asked with the
+    same request id, after it ``StreamLost`` is raised with ``metadata["tokens_delivered"]``. Everything
+    raised is a ``fieldmesh.core.errors.FieldmeshError``, with ``code``, ``retryable`` and
+    ``retry_after_s``.
+
+    >>> async with AsyncClient("127.0.0.1:7420") as client:
+    ...     stream = client.chat("Write a haiku about antennas", domain="poetry", max_tokens=64)
+    ...     async for chunk in stream:
+    ...         print(chunk.text, end="")
+    ...     print((await stream.result()).served_by)
+    """
+
+    def __init__(
+        self,
+        seeds: str | Address | Iterable[str | Address] = (),
+        *,
+        mesh: str = "fieldmesh",
+        timeout_s: float | None = None,
+        persistence: Persistence | None = None,
+    ) -> None:
+        self._book = AddressBook(calls.seeds(seeds))
+        self._mesh = mesh
+        self._timeout_s = timeout_s
+        self._persistence = persistence or Persistence()
+        self._links: dict[Address, _Link] = {}
+        self._refresh: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # --- generations -----------------------------------------------------------------
+
+    def chat(self, turns: Turns, **options: Unpack[Options]) -> AsyncStream:
+        """Continue a conversation: a question, or its turns so far. Begins when the stream is read."""
+        return self._stream(calls.ask(calls.prompt_of_turns(turns), options), options)
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> AsyncStream:
+        """Continue text as it stands, or token ids (name their ``model`` or ``profile``)."""
+        return self._stream(calls.ask(calls.prompt_of_text(prompt), options), options)
+
+    async def abort(self, request_id: str, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> bool:
+        """End a running generation, wherever in the mesh it runs; whether one was found."""
+        request = pb.AbortRequest(request_id=request_id)
+        answer: pb.AbortResponse = await self._unary(InferenceServiceStub, "Abort", request, timeout_s)
+        return answer.aborted
+
+    # --- the mesh --------------------------------------------------------------------
+
+    async def tokenize(
+        self,
+        turns: Turns,
+        *,
+        timeout_s: float | None = calls.UNARY_TIMEOUT_S,
+        **options: Unpack[TargetOptions],
+    ) -> Tokens:
+        """Token ids of plain text (a string) or of a conversation passed through the chat template."""
+        request = calls.tokenize_request(turns, options)
+        answer: pb.TokenizeResponse = await self._unary(InferenceServiceStub, "Tokenize", request, timeout_s)
+        return Tokens(token_ids=tuple(answer.token_ids), model=answer.model)
+
+    async def models(self, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> tuple[Offer, ...]:
+        """What the mesh offers: one entry for each profile of each node."""
+        answer: pb.ListModelsResponse = await self._unary(
+            InferenceServiceStub, "ListModels", pb.ListModelsRequest(), timeout_s
+        )
+        return tuple(records.offer_from_proto(entry) for entry in answer.models)
+
+    async def loads(self, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> tuple[NodeLoad, ...]:
+        """How busy each node says it is."""
+        answer: pb.GetLoadsResponse = await self._unary(
+            InferenceServiceStub, "GetLoads", pb.GetLoadsRequest(), timeout_s
+        )
+        return tuple(records.load_from_proto(entry) for entry in answer.loads)
+
+    async def nodes(self, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> Mesh:
+        """Every node of the mesh, as the node that is asked sees it."""
+        answer: mesh_pb2.ListNodesResponse = await self._unary(
+            MeshServiceStub, "ListNodes", mesh_pb2.ListNodesRequest(), timeout_s
+        )
+        return records.mesh_from_proto(answer)
+
+    # --- life ------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close all channels; streams that still run end with Cancelled."""
+        self._closed = True
+        if self._refresh is not None:
+            self._refresh.cancel()
+            await asyncio.gather(self._refresh, return_exceptions=True)
+        links, self._links = self._links, {}
+        for link in links.values():
+            await link.channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- calls -----------------------------------------------------------------------
+
+    def _stream(self, asked: Ask, options: Options) -> AsyncStream:
+        return AsyncStream(self, asked, options.get("timeout_s", self._timeout_s))
+
+    async def _begin(self, timeout_s: float | None) -> Attempts:
+        if self._closed:
+            raise Cancelled("This client is closed.")
+        if len(self._book) == 0:
+            # Here because zeroconf takes a while to import, and most clients are told their seeds.
+            from fieldmesh.client.discovery import browse_async
+
+            found = await browse_async(self._mesh, calls.DISCOVERY_TIMEOUT_S)
+            self._book = AddressBook(address for node in found for address in node)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return Attempts(self._book, self._persistence, deadline)
+
+    async def _unary(self, stub: type[Any], method: str, request: object, timeout_s: float | None) -> Any:
+        attempts = await self._begin(timeout_s)
+        while True:
+            address = attempts.next_address(time.monotonic())
+            left_s = attempts.time_left_s(time.monotonic())
+            try:
+                with self._link(address) as channel:
+                    answer = await getattr(stub(channel), method)(
+                        request, timeout=calls.unary_timeout_s(left_s)
+                    )
+                self._book.answered(address)
+                return answer
+            except grpc.aio.AioRpcError as failure:
+                error = calls.unary_error(calls.translated(failure, address), address, left_s)
+            await asyncio.sleep(
+                attempts.failed(
+                    address, error, time.monotonic(), tokens_delivered=None, jitter=random.random()
+                )
+            )
+
+    @contextmanager
+    def _link(self, address: Address) -> Iterator[grpc.aio.Channel]:
+        """The channel to ``address``, kept open for later calls; the longest unused goes when there are too
+        many."""
+        link = self._links.pop(address, None)
+        if link is None:
+            link = _Link(grpc.aio.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS))
+        self._links[address] = link
+        link.calls += 1
+        try:
+            self._refresh_through(address, link.channel)
+            yield link.channel
+        except grpc.aio.UsageError:  # what grpc raises for a call on a channel that was closed meanwhile
+            if self._closed:
+                raise Cancelled("This client is closed.") from None
+            raise
+        finally:
+            link.calls -= 1
+
+    def _refresh_through(self, address: Address, channel: grpc.aio.Channel) -> None:
+        if self._book.refresh_begins(time.monotonic()):
+            self._refresh = asyncio.create_task(self._learn(address, channel))
+
+    async def _learn(self, address: Address, channel: grpc.aio.Channel) -> None:
+        mesh: Mesh | None = None
+        try:
+            mesh = records.mesh_from_proto(
+                await MeshServiceStub(channel).ListNodes(
+                    mesh_pb2.ListNodesRequest(), timeout=calls.REFRESH_TIMEOUT_S
+                )
+            )
+        except grpc.aio.AioRpcError:
+            pass  # the call that goes the same way tells of it
+        finally:
+            self._book.refresh_ends(address, mesh, time.monotonic())
+            await self._drop_unused()
+
+    async def _drop_unused(self) -> None:
+        surplus = len(self._links) - calls.CHANNELS_MAX
+        unused = [address for address, link in self._links.items() if link.calls == 0]
+        for address in unused[: max(0, surplus)]:
+            await self._links.pop(address).channel.close()
+
+
+class AsyncStream:
+    """One answer as it comes: iterate for chunks, or await ``result`` for all of it.
+
+    Iterating yields ``fieldmesh.core.model.Chunk`` records (``text``, ``token_ids``,
+    ``first_token_index``). The call begins with the first read, can be read once, and is cancelled (the
+    mesh stops within a step) by ``close``, by leaving ``async with stream``, or by cancelling the task that
+    reads.
+    """
+
+    def __init__(self, client: AsyncClient, asked: Ask, timeout_s: float | None) -> None:
+        self.request_id: str = asked.request_id
+        self._reply = Reply()
+        self._chunks = self._read(client, asked, timeout_s)
+
+    @property
+    def text(self) -> str:
+        """The text that has arrived so far."""
+        return self._reply.text
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        return await anext(self._chunks)
+
+    async def result(self) -> Result:
+        """Read what is left and return how it ended. Raises what ended it otherwise."""
+        async for _ in self:
+            pass
+        if self._reply.result is None:
+            raise Cancelled("The stream was closed before its end.", metadata=self._delivered())
+        return self._reply.result
+
+    async def close(self) -> None:
+        """Cancel what still runs; nothing more is read."""
+        await self._chunks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _delivered(self) -> dict[str, str]:
+        return {"tokens_delivered": str(len(self._reply.token_ids))}
+
+    async def _read(self, client: AsyncClient, asked: Ask, timeout_s: float | None) -> AsyncGenerator[Chunk]:
+        request, reply = calls.request(asked), self._reply
+        attempts = await client._begin(timeout_s)
+        while True:
+            address = attempts.next_address(time.monotonic())
+            left_s = attempts.time_left_s(time.monotonic())
+            error: FieldmeshError = calls.cut_short(address)
+            with client._link(address) as channel:
+                call = getattr(InferenceServiceStub(channel), calls.method(request))(request, timeout=left_s)
+                try:
+                    async for message in call:
+                        client._book.answered(address)
+                        chunk = reply.take(message)
+                        if chunk is not None:
+                            yield chunk
+                except grpc.aio.AioRpcError as failure:
+                    error = calls.translated(failure, address)
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if client._closed and not (task and task.cancelling()):
+                        raise Cancelled("The client was closed.", metadata=self._delivered()) from None
+                    raise
+                finally:
+                    call.cancel()
+            if reply.result is not None:
+                return
+            tokens_delivered = len(reply.token_ids) if reply.begun else None
+            now, jitter = time.monotonic(), random.random()
+            await asyncio.sleep(
+                attempts.failed(address, error, now, tokens_delivered=tokens_delivered, jitter=jitter)
+            )

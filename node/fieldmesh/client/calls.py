@@ -1,0 +1,257 @@
+"""What both clients have in common. Owns: requests made from arguments, channel options, foreign errors
+translated.
+
+Must not: open a channel or wait for anything.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, Protocol, TypedDict
+
+import grpc
+
+from fieldmesh.core.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FieldmeshError,
+    Internal,
+    InvalidRequest,
+    NodeUnreachable,
+    ProtocolMismatch,
+)
+from fieldmesh.core.model import Address, Ask, Message, Priority, Prompt, SamplingOverrides, Target
+from fieldmesh.rpc import inference as codec
+from fieldmesh.rpc.errors import DETAILS_KEY, error_from_status
+from fieldmesh.v1 import inference_pb2
+from fieldmesh.values import address
+
+CLIENT_PORT: Final = 7420
+MESSAGE_BYTES_MAX: Final = 4 * 1024 * 1024
+ANSWER_BYTES_MAX: Final = 16 * 1024 * 1024
+# Calls that are no generations answer from what a node knows: one that takes longer met a frozen node, and
+# the next is asked.
+UNARY_TIMEOUT_S: Final = 15.0
+UNARY_ATTEMPT_TIMEOUT_S: Final = 3.0
+DISCOVERY_TIMEOUT_S: Final = 3.0
+REFRESH_TIMEOUT_S: Final = 2.0
+CHANNELS_MAX: Final = 32
+
+CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", ANSWER_BYTES_MAX),
+    # With the defaults a node that comes back after 30 s is found 15 s late. The least backoff also bounds
+    # how long one connection attempt may take, so that a frozen host costs a second and no more.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A cut link is silent; pings find it in 13 s instead of never.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    # Nodes are on loopback and on LANs, where a proxy from the environment is only in the way; attempts are
+    # counted by failover, not by the library.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+)
+
+Turns = str | Sequence[Message | Mapping[str, str] | tuple[str, str]]
+"""A question, or the turns of a conversation: ``Message`` records, ``{"role", "content"}`` or ``(role,
+content)``."""
+
+
+class Options(TypedDict, total=False):
+    """What ``generate`` and ``chat`` accept by keyword. What is left out is up to the mesh and the profile.
+
+    Who answers: ``profile`` and ``model`` are demands (nobody offers it: ProfileNotFound, ModelNotFound),
+    ``domain`` is a wish (its owners are gone: a generalist answers, and ``Result.fallback`` says so).
+
+    How tokens are drawn: ``temperature`` 0 (greedy) to 5, ``top_p`` above 0 to 1, ``top_k`` 0 (all) to 1000,
+    ``min_p`` 0 to 1, ``frequency_penalty`` and ``presence_penalty`` -2 to 2, ``repetition_penalty`` above 0
+    to 5, ``seed`` 0 to 2**32-1, ``max_tokens`` at least 1, ``min_tokens``, ``stop`` at most 16 strings of
+    256 bytes, ``stop_token_ids`` at most 64, ``ignore_eos``.
+
+    The call: ``priority`` (default ``normal``), ``explain`` (the result carries the routing decision),
+    ``request_id`` (1 to 64 of ``[A-Za-z0-9._:-]``; default: a random one; a repeat is answered, not done
+    again), ``timeout_s`` (for the whole call, all attempts and the stream included; default: the client's).
+    """
+
+    profile: str
+    model: str
+    domain: str
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    priority: Literal["interactive", "normal", "batch"]
+    explain: bool
+    request_id: str
+    timeout_s: float | None
+
+
+class TargetOptions(TypedDict, total=False):
+    """Whose tokenizer ``tokenize`` uses; see ``Options``."""
+
+    profile: str
+    model: str
+    domain: str
+
+
+def messages(turns: Turns) -> tuple[Message, ...]:
+    """``turns`` as messages; a bare string is what a user says. Raises InvalidRequest."""
+    if isinstance(turns, str):
+        return (Message(role="user", content=turns),)
+    found = tuple(_message(index, turn) for index, turn in enumerate(turns))
+    if not found:
+        raise InvalidRequest("messages is empty; send at least one message", field="messages")
+    return found
+
+
+def _message(index: int, turn: object) -> Message:
+    match turn:
+        case Message():
+            return turn
+        case {"role": str(role), "content": str(content)} | (str(role), str(content)):
+            return Message(role=role, content=content)
+        case _:
+            raise InvalidRequest(
+                f"messages[{index}] must be a Message, a (role, content) pair or a mapping with the two",
+                field=f"messages[{index}]",
+            )
+
+
+def prompt_of_turns(turns: Turns) -> Prompt:
+    """A conversation to continue."""
+    return Prompt(messages=messages(turns))
+
+
+def prompt_of_text(continued: str | Sequence[int]) -> Prompt:
+    """Text, or token ids of the model that is demanded."""
+    return Prompt(text=continued) if isinstance(continued, str) else Prompt(token_ids=tuple(continued))
+
+
+_SAMPLING: Final = frozenset(SamplingOverrides.__dataclass_fields__)
+_PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
+
+
+def ask(prompt: Prompt, options: Options) -> Ask:
+    """The request that ``options`` describe. Raises InvalidRequest for what no node has to be asked about."""
+    given: dict[str, Any] = dict(options)
+    unknown = [name for name in given if name not in Options.__annotations__]
+    if unknown:
+        raise InvalidRequest(f"{unknown[0]} is not an option; see fieldmesh.client.Options", field=unknown[0])
+    sampling: dict[str, Any] = {name: value for name, value in given.items() if name in _SAMPLING}
+    for name in ("stop", "stop_token_ids"):
+        if isinstance(sampling.get(name), str):
+            raise InvalidRequest(f"{name} must be a list, not one string", field=name)
+        if sampling.get(name) is not None:
+            sampling[name] = tuple(sampling[name])
+    priority = given.get("priority", "normal")
+    if priority not in _PRIORITIES:
+        raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}", field="priority")
+    return Ask(
+        request_id=codec.request_id(given.get("request_id") or secrets.token_hex(16)),
+        prompt=prompt,
+        target=target(given),
+        sampling=SamplingOverrides(**sampling),
+        priority=_PRIORITIES[priority],
+        explain=bool(given.get("explain", False)),
+    )
+
+
+def target(options: Mapping[str, Any]) -> Target:
+    """Who should answer."""
+    return Target(**{name: options.get(name) or "" for name in ("profile", "model", "domain")})
+
+
+def request(asked: Ask) -> inference_pb2.GenerateRequest | inference_pb2.ChatRequest:
+    """The message that says ``asked``. Raises InvalidRequest for values that the wire cannot hold."""
+    try:
+        return codec.chat_from_ask(asked) if asked.prompt.messages else codec.generate_from_ask(asked)
+    except (TypeError, ValueError) as error:  # wrong types, numbers beyond 32 bits, text that is not Unicode
+        raise InvalidRequest(f"The request cannot be sent as it is: {error}") from error
+
+
+def method(sent: inference_pb2.GenerateRequest | inference_pb2.ChatRequest) -> str:
+    """The method of InferenceService that takes this message."""
+    return "Chat" if isinstance(sent, inference_pb2.ChatRequest) else "Generate"
+
+
+def tokenize_request(turns_or_text: Turns, options: TargetOptions) -> inference_pb2.TokenizeRequest:
+    """The message that asks for token ids of plain text, or of a conversation."""
+    try:
+        sent = inference_pb2.TokenizeRequest(target=codec.target_to_proto(target(options)))
+        if isinstance(turns_or_text, str):
+            sent.prompt = turns_or_text
+        else:
+            sent.messages.extend(codec.messages_to_proto(messages(turns_or_text)))
+        return sent
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"The request cannot be sent as it is: {error}") from error
+
+
+class Failure(Protocol):
+    """What the synchronous and the asynchronous library tell of a failed call."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Any: ...
+
+
+def translated(failure: Failure, asked: Address) -> FieldmeshError:
+    """The typed error behind a failed call to ``asked``."""
+    code, said = failure.code(), failure.details() or ""
+    details = next((value for key, value in failure.trailing_metadata() or () if key == DETAILS_KEY), None)
+    if not isinstance(details, bytes):
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return NodeUnreachable(f"{asked} cannot be reached: {said}", metadata={"address": str(asked)})
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return ProtocolMismatch(
+                f"{asked} is no client listener of a node: it may be the peer listener, or another program.",
+                metadata={"address": str(asked)},
+            )
+        if code is grpc.StatusCode.UNKNOWN:
+            return Internal(f"{asked} failed on this request: {said}")
+        if code is grpc.StatusCode.CANCELLED:
+            return Cancelled("The call was cancelled.")
+        details = None
+    number: int = code.value[0]
+    return error_from_status(number, said, details)
+
+
+def unary_timeout_s(left_s: float | None) -> float:
+    """How long one attempt at a short call may take."""
+    return UNARY_ATTEMPT_TIMEOUT_S if left_s is None else min(left_s, UNARY_ATTEMPT_TIMEOUT_S)
+
+
+def unary_error(error: FieldmeshError, asked: Address, left_s: float | None) -> FieldmeshError:
+    """``error``, or that the node is frozen where only this attempt's time has passed."""
+    if isinstance(error, DeadlineExceeded) and left_s is not None and left_s > UNARY_ATTEMPT_TIMEOUT_S:
+        return NodeUnreachable(
+            f"{asked} did not answer within {UNARY_ATTEMPT_TIMEOUT_S:g} s.", metadata={"address": str(asked)}
+        )
+    return error
+
+
+def seeds(given: str | Address | Iterable[str | Address]) -> tuple[Address, ...]:
+    """Addresses of client listeners; the port may be left out. Raises ConfigError."""
+    listed = (given,) if isinstance(given, (str, Address)) else given
+    return tuple(
+        entry if isinstance(entry, Address) else address(entry, default_port=CLIENT_PORT, field_name="seeds")
+        for entry in listed
+    )
+
+
+def cut_short(asked: Address) -> NodeUnreachable:
+    """The error of a stream that ended without its end."""
+    return NodeUnreachable(f"{asked} closed the stream before its end.", metadata={"address": str(asked)})

@@ -1,0 +1,262 @@
+"""What the client hands out. Owns: the records of results and of the mesh, and reading them from the wire.
+
+Must not: import grpc.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fieldmesh.core.errors import Internal
+from fieldmesh.core.model import (
+    Address,
+    Attempt,
+    Chunk,
+    Explanation,
+    FinishReason,
+    Load,
+    NodeState,
+)
+from fieldmesh.rpc import inference as codec
+from fieldmesh.v1 import inference_pb2, mesh_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a request ended. Times are seconds from its arrival at the node that was asked.
+
+    ``domain`` is the one that was asked for or that the mesh chose (empty: none); ``fallback`` says that a
+    generalist answered because no owner of that domain could. ``entry_node`` was asked, ``served_by``
+    answered (names; the ids are beside them); ``attempts`` lists every try with the code of the error that
+    ended it, or ``served``; ``hops`` counts how often the request was forwarded. ``cached_tokens`` of the
+    prompt did not have to be computed. ``seed`` repeats the draw. ``explanation`` is there if it was asked
+    for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    model: str
+    profile: str
+    domain: str
+    fallback: bool
+    entry_node: str
+    served_by: str
+    attempts: tuple[Attempt, ...]
+    hops: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ttft_s: float
+    duration_s: float
+    finish_reason: FinishReason
+    matched_stop: str
+    seed: int
+    request_id: str
+    generation_id: str
+    entry_node_id: str
+    served_by_id: str
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """One profile at one node. A generalist has no ``domains``; ``available`` says that it can be asked
+    now."""
+
+    profile: str
+    model: str
+    fingerprint: str
+    domains: tuple[str, ...]
+    tier: int
+    context_tokens: int
+    node_id: str
+    node_name: str
+    available: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One node as the node that was asked sees it.
+
+    ``addresses`` are those of its client listener, best first; ``rtt_s`` is 0 while unmeasured;
+    ``incarnation`` rises at each start of the node.
+    """
+
+    id: str
+    name: str
+    addresses: tuple[Address, ...]
+    state: NodeState
+    offers: tuple[Offer, ...]
+    load: Load
+    incarnation: int
+    rtt_s: float
+    peer_address: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """The mesh as the node ``local_id`` sees it; ``nodes`` are ordered by id and include that node."""
+
+    name: str
+    local_id: str
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLoad:
+    """How busy one node says it is."""
+
+    node_id: str
+    node_name: str
+    load: Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Token ids of a prompt under the tokenizer of ``model``."""
+
+    token_ids: tuple[int, ...]
+    model: str
+
+
+def as_json(record: object) -> Any:
+    """``record`` (or a tuple of records) as plain JSON values: enums by their value, addresses as
+    host:port."""
+    return msgspec.to_builtins(record, enc_hook=str)
+
+
+# --- from the wire -----------------------------------------------------------------------
+
+
+class Reply:
+    """What has arrived of one stream. ``take`` reads a message; ``result`` is set by the last one."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self._texts: list[str] = []
+        self.result: Result | None = None
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        if len(self._texts) > 1:
+            self._texts = ["".join(self._texts)]
+        return "".join(self._texts)
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was delivered, so that asking again would repeat it."""
+        return bool(self.token_ids or self._texts)
+
+    def take(self, message: inference_pb2.GenerateResponse | inference_pb2.ChatResponse) -> Chunk | None:
+        """The chunk that ``message`` holds; None for the end. Raises Internal where tokens are missing."""
+        match message.WhichOneof("response"):
+            case "chunk":
+                chunk = codec.chunk_from_proto(message.chunk)
+                if chunk.first_token_index != len(self.token_ids):
+                    raise Internal(
+                        f"The stream went on at token {chunk.first_token_index} after {len(self.token_ids)} "
+                        "tokens: some were lost or repeated on the way."
+                    )
+                self.token_ids.extend(chunk.token_ids)
+                if chunk.text:
+                    self._texts.append(chunk.text)
+                return chunk
+            case "complete":
+                self.result = self._result(message.complete)
+                return None
+            case _:
+                raise Internal("The stream held a message of a kind that this client does not know.")
+
+    def _result(self, complete: inference_pb2.Complete) -> Result:
+        core = codec.result_from_proto(complete)
+        return Result(
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            model=core.model,
+            profile=core.profile,
+            domain=core.domain,
+            fallback=core.fallback,
+            entry_node=core.entry_node_name,
+            served_by=core.served_by_name,
+            attempts=core.attempts,
+            hops=core.hops,
+            prompt_tokens=core.completion.usage.prompt_tokens,
+            cached_tokens=core.completion.usage.cached_tokens,
+            completion_tokens=core.completion.usage.completion_tokens,
+            ttft_s=core.ttft_s,
+            duration_s=core.duration_s,
+            finish_reason=core.completion.finish_reason,
+            matched_stop=core.completion.matched_stop,
+            seed=core.completion.seed,
+            request_id=core.request_id,
+            generation_id=core.generation_id,
+            entry_node_id=core.entry_node,
+            served_by_id=core.served_by,
+            explanation=core.explanation,
+        )
+
+
+def offer_from_proto(entry: inference_pb2.ModelEntry) -> Offer:
+    """One profile at one node."""
+    return Offer(
+        profile=entry.profile,
+        model=entry.model,
+        fingerprint=entry.fingerprint,
+        domains=tuple(entry.domains),
+        tier=entry.tier,
+        context_tokens=entry.context_tokens,
+        node_id=entry.node_id,
+        node_name=entry.node_name,
+        available=entry.available,
+    )
+
+
+def load_from_proto(entry: inference_pb2.NodeLoad) -> NodeLoad:
+    """How busy one node is."""
+    return NodeLoad(node_id=entry.node_id, node_name=entry.node_name, load=codec.load_from_proto(entry.load))
+
+
+_STATES = {
+    mesh_pb2.NODE_STATE_ALIVE: NodeState.ALIVE,
+    mesh_pb2.NODE_STATE_SUSPECT: NodeState.SUSPECT,
+    mesh_pb2.NODE_STATE_UNREACHABLE: NodeState.UNREACHABLE,
+    mesh_pb2.NODE_STATE_DEAD: NodeState.DEAD,
+    mesh_pb2.NODE_STATE_LEFT: NodeState.LEFT,
+}
+
+
+def mesh_from_proto(response: mesh_pb2.ListNodesResponse) -> Mesh:
+    """The mesh as a node sees it."""
+    return Mesh(
+        name=response.mesh,
+        local_id=response.local_id,
+        nodes=tuple(_node(entry) for entry in response.nodes),
+    )
+
+
+def _node(entry: mesh_pb2.NodeInfo) -> Node:
+    found = (_address(text) for text in entry.addresses)
+    return Node(
+        id=entry.id,
+        name=entry.name,
+        addresses=tuple(address for address in found if address is not None),
+        state=_STATES.get(entry.state, NodeState.UNREACHABLE),
+        offers=tuple(offer_from_proto(offer) for offer in entry.offers),
+        load=codec.load_from_proto(entry.load),
+        incarnation=entry.incarnation,
+        rtt_s=entry.rtt_s,
+        peer_address=entry.peer_address,
+        version=entry.version,
+    )
+
+
+def _address(text: str) -> Address | None:
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 65_536:
+        return None
+    return Address(host=host.removeprefix("[").removesuffix("]"), port=int(port))
