@@ -16,62 +16,37 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import assert_never
 
-from fieldmesh.core.errors import Cancelled, EngineLost, EngineNotReady, FieldmeshError, Internal, QueueFull
-from fieldmesh.core.model import EngineState, Load, Prompt
-from fieldmesh.engine.checks import check_job, check_prompt
+from fieldmesh.core.errors import EngineNotReady, FieldmeshError, Internal
+from fieldmesh.core.model import EngineState
 from fieldmesh.engine.frames import (
     LENGTH_BYTES,
-    Accepted,
     Command,
     Configure,
     Done,
-    Failed,
-    Loading,
     Ping,
     Ready,
     Report,
-    Statistics,
-    Tokenize,
-    Tokenized,
-    Tokens,
     decode_reports,
     encode,
     frame_length,
-    rebuilt,
 )
-from fieldmesh.engine.loads import LoadWatch
-from fieldmesh.engine.port import EngineInfo, Job, JobEvent
+from fieldmesh.engine.front import EngineFront
+from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
-from fieldmesh.engine.streams import Streams
 
-TOKENIZE_WAITING_MAX = 64
 STDERR_BYTES_MAX = 4096
 WATCHDOG_TICKS = 4
 """A process is stuck when it said nothing for this many pings. Ticks, not time: a host that was itself
 frozen counts one tick, however long it slept."""
 
 
-class EngineProcess:
+class EngineProcess(EngineFront):
     """One model in a process of its own. Implements ``engine.port.Engine``."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        settings.validate()
-        self.settings = settings
-        self.info: EngineInfo | None = None
-        self.last_loss = ""
-        self.steps = 0
-        self._streams = Streams(
-            self._send,
-            jobs_max=settings.slots + settings.queue_max,
-            stream_tokens_max=settings.stream_tokens_max,
-            slow_reader_timeout_s=settings.slow_reader_timeout_s,
-        )
-        self._watch = LoadWatch(settings)
-        self._tokenizing: dict[int, asyncio.Future[tuple[int, ...]]] = {}
+        super().__init__(settings)
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -86,10 +61,6 @@ class EngineProcess:
     # --- the port ---------------------------------------------------------------------------
 
     @property
-    def state(self) -> EngineState:
-        return self._watch.state
-
-    @property
     def pid(self) -> int | None:
         """The engine's process, while there is one."""
         return self._process.pid if self._process is not None else None
@@ -102,43 +73,6 @@ class EngineProcess:
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
         return await self._first
 
-    async def submit(self, job: Job) -> AsyncIterator[JobEvent]:
-        """Run one job; see the port."""
-        check_job(job)
-        self._demand_ready()
-        deadline = None if job.deadline_s is None else time.monotonic() + job.deadline_s
-        events = self._streams.run(job, deadline)
-        async with contextlib.aclosing(events):  # type: ignore[type-var]
-            async for event in events:
-                yield event
-
-    def abort(self, generation_id: str) -> bool:
-        """End a running job from outside: its iterator raises Cancelled. False if it is not here."""
-        return self._streams.abort(generation_id, Cancelled("the generation was aborted"))
-
-    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt (messages pass through the chat template first)."""
-        check_prompt(prompt)
-        self._demand_ready()
-        if len(self._tokenizing) >= TOKENIZE_WAITING_MAX:
-            raise QueueFull("too many prompts wait for the tokenizer; ask again later", retry_after_s=1.0)
-        key = self._streams.next_key()
-        future = self._tokenizing[key] = asyncio.get_running_loop().create_future()
-        try:
-            self._send(Tokenize(key, prompt))
-            token_ids: tuple[int, ...] = await future
-            return token_ids
-        finally:
-            del self._tokenizing[key]
-
-    def load(self) -> Load:
-        """The latest statistics; never blocks."""
-        return self._watch.load
-
-    async def wait_load_changed(self) -> Load:
-        """Return when state, queue, or pressure differ from what the last call returned."""
-        return await self._watch.wait_changed()
-
     async def close(self) -> None:
         """End the process and free everything; running jobs end with EngineLost."""
         if self._supervisor is None:
@@ -150,13 +84,6 @@ class EngineProcess:
         if self._first is not None and not self._first.done():
             self._first.set_exception(EngineNotReady("the engine was closed while it was loading"))
 
-    def _demand_ready(self) -> None:
-        if self.state is EngineState.READY:
-            return
-        if self.state is EngineState.FAILED:
-            raise EngineNotReady(f"the engine was given up: {self.last_loss}")
-        raise EngineNotReady(f"the engine is {self.state.value}; ask again shortly", retry_after_s=0.5)
-
     # --- the process ------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
@@ -166,26 +93,35 @@ class EngineProcess:
             self._watch.set_state(EngineState.LOADING)
             try:
                 reason = await self._run_process()
+            except (Internal, OSError) as error:
+                reason = str(error)
             except FieldmeshError as refused:
-                self._lose(EngineState.FAILED, refused.message)
-                if not self._first.done():
-                    self._first.set_exception(refused)
+                self._give_up(refused)
                 return
             now = time.monotonic()
             self._crashes.append(now)
             recent = sum(now - t < self.settings.crash_window_s for t in self._crashes)
             if recent >= self.settings.crashes_max:
-                reason = f"{reason}; {recent} crashes without a finished generation between them"
-                self._lose(EngineState.FAILED, reason)
-                if not self._first.done():
-                    self._first.set_exception(EngineNotReady(f"the engine was given up: {reason}"))
+                self._give_up(
+                    EngineNotReady(
+                        f"the engine was given up after {recent} crashes without a finished generation between "
+                        f"them: {reason}"
+                    )
+                )
                 return
             self._lose(EngineState.LOST, reason)
             delay = self.settings.restart_backoff_s * 2 ** (recent - 1)
             await asyncio.sleep(min(delay, self.settings.restart_backoff_max_s))
 
+    def _give_up(self, error: FieldmeshError) -> None:
+        self._lose(EngineState.FAILED, error.message)
+        assert self._first is not None
+        if not self._first.done():
+            self._first.set_exception(error)
+
     async def _run_process(self) -> str:
-        """One process from spawn to end; returns why it ended. Raises where it refused to load."""
+        """One process from spawn to end; returns why it ended. Raises the error with which it refused to
+        load, Internal where it talks nonsense, OSError where it cannot be started."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -196,10 +132,10 @@ class EngineProcess:
                 env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         self._process = process
-        reader, self._writer = await asyncio.open_connection(sock=ours)
         watchdog = asyncio.create_task(self._kill_when_stuck(process), name="engine-watchdog")
         stderr = asyncio.create_task(_tail(process.stderr), name="engine-stderr")
         try:
+            reader, self._writer = await asyncio.open_connection(sock=ours)
             self._send(Configure(self.settings, self._known_fingerprint()))
             await self._read_reports(reader)
             status = await process.wait()
@@ -208,8 +144,10 @@ class EngineProcess:
             return f"the engine's process ended ({how})" + (f": {said[-1]}" if said else "")
         finally:
             watchdog.cancel()
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
             self._writer = None
+            ours.close()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -244,41 +182,15 @@ class EngineProcess:
             self._send(Ping())
 
     def _take(self, report: Report) -> None:
-        match report:
-            case Accepted() | Tokens():
-                self._streams.take(report)
-            case Done():
-                self._crashes.clear()
-                self._streams.take(report)
-            case Statistics():
-                self.steps = report.steps
-                self._watch.set_statistics(report.load)
-            case Tokenized():
-                if (future := self._tokenizing.get(report.key)) and not future.done():
-                    future.set_result(report.token_ids)
-            case Failed():
-                self._take_failure(report)
-            case Ready():
-                self._take_ready(report.info)
-            case Loading():
-                pass  # a sign of life: counted as a frame
-            case _:
-                assert_never(report)
-
-    def _take_failure(self, report: Failed) -> None:
-        if report.key == 0:
-            raise rebuilt(report)
-        if future := self._tokenizing.get(report.key):
-            if not future.done():
-                future.set_exception(rebuilt(report))
-            return
-        self._streams.take(report)
+        super()._take(report)
+        if isinstance(report, Done):
+            self._crashes.clear()
+        elif isinstance(report, Ready):
+            self._take_ready(report.info)
 
     def _take_ready(self, info: EngineInfo) -> None:
-        self.info = info
         if identity := _file_identity(self.settings.model_path):
             self._fingerprints = {identity: info.fingerprint}
-        self._watch.set_state(EngineState.READY)
         assert self._first is not None
         if not self._first.done():
             self._first.set_result(info)
@@ -287,13 +199,8 @@ class EngineProcess:
         identity = _file_identity(self.settings.model_path)
         return self._fingerprints.get(identity, "") if identity else ""
 
-    def _lose(self, state: EngineState, reason: str) -> None:
-        self.last_loss = reason
-        self._watch.set_state(state)
-        self._streams.fail_all(lambda: EngineLost(f"{reason}; the generation can be asked for again"))
-        for future in self._tokenizing.values():
-            if not future.done():
-                future.set_exception(EngineLost(reason))
+    def _now(self) -> float:
+        return time.monotonic()
 
     def _send(self, command: Command) -> None:
         if self._writer is not None:

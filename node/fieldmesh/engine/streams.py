@@ -10,7 +10,7 @@ is on its way) and how it ended. Tokens that pile up are handed out as one chunk
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TypeAlias
 
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, QueueFull, SlowReader
@@ -101,7 +101,7 @@ class Streams:
         self._last_key += 1
         return self._last_key
 
-    async def run(self, job: Job, deadline: float | None) -> AsyncIterator[JobEvent]:
+    async def run(self, job: Job, deadline: float | None) -> AsyncGenerator[JobEvent, None]:
         """Submit ``job`` and yield its events; closing the iterator cancels it."""
         stream = self._open(job)
         self._send(Submit(stream.key, job, deadline))

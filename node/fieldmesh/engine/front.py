@@ -1,0 +1,149 @@
+"""What every engine shows to its host, whatever stands behind it.
+
+Owns: the port's methods, checks before work, requests to the tokenizer, the spreading of reports to whom
+they concern. Must not: know how commands reach the loop (a socket, or a call).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from typing import assert_never
+
+from fieldmesh.core.errors import Cancelled, EngineLost, EngineNotReady, QueueFull
+from fieldmesh.core.model import EngineState, Load, Prompt
+from fieldmesh.engine.checks import check_job, check_prompt
+from fieldmesh.engine.frames import (
+    Accepted,
+    Command,
+    Done,
+    Failed,
+    Loading,
+    Ready,
+    Report,
+    Statistics,
+    Tokenize,
+    Tokenized,
+    Tokens,
+    rebuilt,
+)
+from fieldmesh.engine.loads import LoadWatch
+from fieldmesh.engine.port import EngineInfo, Job, JobEvent
+from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.streams import Streams
+
+TOKENIZE_WAITING_MAX = 64
+
+
+class EngineFront(ABC):
+    """The host's side of one engine. All methods belong to one event loop."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        settings.validate()
+        self.settings = settings
+        self.info: EngineInfo | None = None
+        self.last_loss = ""
+        self.steps = 0
+        self._watch = LoadWatch(settings)
+        self._tokenizing: dict[int, asyncio.Future[tuple[int, ...]]] = {}
+        self._streams = Streams(
+            self._send,
+            jobs_max=settings.slots + settings.queue_max,
+            stream_tokens_max=settings.stream_tokens_max,
+            slow_reader_timeout_s=settings.slow_reader_timeout_s,
+        )
+
+    @abstractmethod
+    def _send(self, command: Command) -> None:
+        """Hand a command to the loop; never blocks. Dropped where there is none."""
+
+    @abstractmethod
+    def _now(self) -> float:
+        """The loop's clock."""
+
+    @property
+    def state(self) -> EngineState:
+        return self._watch.state
+
+    async def submit(self, job: Job) -> AsyncIterator[JobEvent]:
+        """Run one job; see the port."""
+        check_job(job)
+        self._demand_ready()
+        deadline = None if job.deadline_s is None else self._now() + job.deadline_s
+        async with contextlib.aclosing(self._streams.run(job, deadline)) as events:
+            async for event in events:
+                yield event
+
+    def abort(self, generation_id: str) -> bool:
+        """End a running job from outside: its iterator raises Cancelled. False if it is not here."""
+        return self._streams.abort(generation_id, Cancelled("the generation was aborted"))
+
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt (messages pass through the chat template first)."""
+        check_prompt(prompt)
+        self._demand_ready()
+        if len(self._tokenizing) >= TOKENIZE_WAITING_MAX:
+            raise QueueFull("too many prompts wait for the tokenizer; ask again later", retry_after_s=1.0)
+        key = self._streams.next_key()
+        future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
+        self._tokenizing[key] = future
+        try:
+            self._send(Tokenize(key, prompt))
+            return await future
+        finally:
+            del self._tokenizing[key]
+
+    def load(self) -> Load:
+        """The latest statistics; never blocks."""
+        return self._watch.load
+
+    async def wait_load_changed(self) -> Load:
+        """Return when state, queue or pressure differ from what the last call returned."""
+        return await self._watch.wait_changed()
+
+    def _demand_ready(self) -> None:
+        if self.state is EngineState.READY:
+            return
+        if self.state is EngineState.FAILED:
+            raise EngineNotReady(f"the engine was given up: {self.last_loss}")
+        raise EngineNotReady(f"the engine is {self.state.value}; ask again shortly", retry_after_s=0.5)
+
+    def _take(self, report: Report) -> None:
+        """Bring one report to whom it concerns. Raises the error of a failed load (key 0)."""
+        match report:
+            case Accepted() | Tokens() | Done():
+                self._streams.take(report)
+            case Failed() if report.key == 0:
+                raise rebuilt(report)
+            case Failed():
+                if future := self._tokenizing.get(report.key):
+                    _fail(future, rebuilt(report))
+                self._streams.take(report)
+            case Tokenized():
+                if (future := self._tokenizing.get(report.key)) and not future.done():
+                    future.set_result(report.token_ids)
+            case Statistics():
+                self.steps = report.steps
+                self._watch.set_statistics(report.load)
+            case Ready():
+                self.info = report.info
+                self._watch.set_state(EngineState.READY)
+            case Loading():
+                pass
+            case _:
+                assert_never(report)
+
+    def _lose(self, state: EngineState, reason: str) -> None:
+        """The loop is gone: everything it worked on ends with EngineLost."""
+        self.last_loss = reason
+        self._watch.set_state(state)
+        self._streams.fail_all(lambda: EngineLost(f"{reason}; the generation can be asked for again"))
+        for future in self._tokenizing.values():
+            _fail(future, EngineLost(reason))
+
+
+def _fail(future: asyncio.Future[tuple[int, ...]], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
