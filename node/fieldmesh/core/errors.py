@@ -268,6 +268,13 @@ class StateUnwritable(FieldmeshError):
     status = Status.FAILED_PRECONDITION
 
 
+class UpgradeNeeded(FieldmeshError):
+    """The replicated log holds something that only a newer version of Fieldmesh can apply."""
+
+    code = "UPGRADE_NEEDED"
+    status = Status.FAILED_PRECONDITION
+
+
 class AddressInUse(FieldmeshError):
     """A listener could not be opened: the port is taken."""
 
