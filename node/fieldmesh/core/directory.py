@@ -1,0 +1,65 @@
+"""What every node offers. Owns: which rows are acceptable, and questions asked of them.
+
+Functions over rows; no state. Must not: know how rows travel (``replica``) or who is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from fieldmesh.core.messages import ADDRESSES_MAX, NAME_CHARACTERS_MAX, Envelope
+from fieldmesh.core.model import Member, NodeState, ProfileOffer, Row
+
+PROFILES_MAX = 32
+DOMAINS_PER_PROFILE_MAX = 64
+
+
+class RowCodec(Protocol):
+    """Turns a row into the payload of an envelope and back (``rpc.wire`` is one)."""
+
+    def encode_row(self, row: Row) -> bytes: ...
+
+    def decode_row(self, data: bytes) -> Row | None:
+        """None for what is not a row."""
+        ...
+
+
+def open_row(envelope: Envelope, codec: RowCodec, mesh: str) -> Row | None:
+    """The row in an envelope, or None where its author may not say this: a row speaks of its author, in
+    this mesh, under the incarnation and sequence that were signed, and within the bounds."""
+    row = codec.decode_row(envelope.payload)
+    if row is None or row.mesh != mesh or row.id != envelope.author:
+        return None
+    if (row.incarnation, row.sequence) != (envelope.incarnation, envelope.sequence):
+        return None
+    return None if problem(row) else row
+
+
+def problem(row: Row) -> str:
+    """What is wrong with a row, as a sentence; empty where nothing is."""
+    if not 1 <= len(row.name) <= NAME_CHARACTERS_MAX:
+        return f"name: 1 to {NAME_CHARACTERS_MAX} characters are accepted"
+    if len(row.addresses) > ADDRESSES_MAX or len(row.client_addresses) > ADDRESSES_MAX:
+        return f"addresses: at most {ADDRESSES_MAX} are accepted"
+    if len(row.profiles) > PROFILES_MAX:
+        return f"profiles: at most {PROFILES_MAX} are accepted"
+    for profile in row.profiles:
+        if len(profile.domains) > DOMAINS_PER_PROFILE_MAX:
+            return f"profile {profile.name}: at most {DOMAINS_PER_PROFILE_MAX} domains are accepted"
+    return ""
+
+
+def offers(members: Iterable[Member]) -> list[tuple[Member, ProfileOffer]]:
+    """Every profile of every member with a row, in the members' order."""
+    return [(member, profile) for member in members if member.row for profile in member.row.profiles]
+
+
+def owners(members: Iterable[Member], domain: str) -> list[tuple[Member, ProfileOffer]]:
+    """Who declares a domain, alive or not."""
+    return [(m, p) for m, p in offers(members) if any(d.name == domain for d in p.domains)]
+
+
+def available(member: Member) -> bool:
+    """Whether a member can be asked now."""
+    return member.state is NodeState.ALIVE and member.row is not None and member.load.accepting
