@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from fieldmesh.core.text import TextStream, held_back_length
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fieldmesh.core.text import TextStream, held_back_length
 
 STOPS = st.lists(st.text(alphabet="ab\n<é🙂", min_size=1, max_size=4), max_size=3).map(tuple)
 BYTES = st.one_of(
@@ -23,7 +26,7 @@ def stream(pieces: list[bytes], stops: tuple[str, ...]) -> tuple[str, str, list[
 
 def cut(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 @given(BYTES, STOPS, st.lists(st.integers(0, 100), max_size=12))

@@ -362,10 +362,10 @@ class Batcher:
         self._served[work.tenant] += len(known) - keep
         return Place(slot=index, source=source if keep else index, keep_tokens=keep)
 
-    def _slot_cost(self, index: int) -> tuple[bool, bool, int]:
-        beside = self._slots[max(0, index - 1) : index + 2]
-        lonely = bool(self._running) and all(s.sequence is None for s in beside)
-        return lonely, bool(self._slots[index].resident), self._slots[index].freed_order
+    def _slot_cost(self, index: int) -> tuple[int, bool, int]:
+        neighbours = self._slots[max(0, index - 1) : index + 2]
+        beside = sum(s.sequence is not None for s in neighbours)
+        return -beside, bool(self._slots[index].resident), self._slots[index].freed_order
 
     def _longest_resident(self, known: list[int]) -> tuple[int, int]:
         """The slot sharing the longest prefix with ``known``, and its length (the last token is always

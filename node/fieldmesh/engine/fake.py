@@ -11,7 +11,7 @@ import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 from fieldmesh.core.batching import Place, Slice
 from fieldmesh.core.errors import Internal
@@ -186,8 +186,7 @@ class FakeEngine(EngineFront):
 
     async def _wait_for_command(self, deadline: float | None) -> None:
         """Return when a command is there or ``deadline`` has come."""
-        command = asyncio.ensure_future(self._arrived.wait())
-        waits: list[asyncio.Future[bool] | asyncio.Future[None]] = [command]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._arrived.wait())]
         if deadline is not None:
             waits.append(asyncio.ensure_future(self._clock.sleep(max(0.0, deadline - self._clock.now()))))
         try:

@@ -104,8 +104,7 @@ class EngineProcess(EngineFront):
             if recent >= self.settings.crashes_max:
                 self._give_up(
                     EngineNotReady(
-                        f"the engine was given up after {recent} crashes without a finished generation between "
-                        f"them: {reason}"
+                        f"the engine was given up after {recent} crashes and no generation finished: {reason}"
                     )
                 )
                 return
@@ -144,10 +143,11 @@ class EngineProcess(EngineFront):
             return f"the engine's process ended ({how})" + (f": {said[-1]}" if said else "")
         finally:
             watchdog.cancel()
-            if self._writer is not None:
-                self._writer.close()
+            if self._writer is None:
+                ours.close()
+            else:
+                self._writer.transport.abort()  # what is unsent has no reader any more
             self._writer = None
-            ours.close()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

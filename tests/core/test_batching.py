@@ -1,0 +1,586 @@
+"""Goal: the scheduler keeps its promises (bounds, order, fairness, nothing starves, nothing lost).
+
+Method: examples for each rule; random workloads on virtual time against what must hold, with ``check``
+after every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fieldmesh.core.batching import (
+    Batcher,
+    BatcherConfig,
+    Output,
+    Sampled,
+    StepPlan,
+    Work,
+    common_prefix_length,
+)
+from fieldmesh.core.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
+from fieldmesh.core.model import FinishReason, Priority
+
+CONFIG = BatcherConfig(
+    slots=4,
+    context_tokens=256,
+    cells_total=4 * 256,
+    prefill_tokens=64,
+    mixed_tokens=16,
+    queue_max=8,
+    reuse_tokens_min=4,
+)
+
+
+def work(name: str, prompt: int = 10, tokens_max: int = 5, first: int = 0, **more: object) -> Work:
+    ids = tuple(range(first, first + prompt))
+    return Work(id=name, prompt_token_ids=ids, tokens_max=tokens_max, **more)  # type: ignore[arg-type]
+
+
+class Drive:
+    """A host on virtual time: a step takes 10 ms and 1 ms a token. Checks the batcher after every beat."""
+
+    def __init__(self, config: BatcherConfig = CONFIG) -> None:
+        self.batcher = Batcher(config)
+        self.now = 0.0
+        self.outputs: list[Output] = []
+        self.plans: list[StepPlan] = []
+
+    def submit(self, *works: Work) -> None:
+        for one in works:
+            self.batcher.submit(one, self.now)
+            self.batcher.check()
+
+    def step(self) -> StepPlan:
+        plan = self.batcher.plan(self.now)
+        self.batcher.check()
+        self.plans.append(plan)
+        if plan.slices:
+            self.now += 0.01 + 0.001 * plan.tokens
+            results = [Sampled(id=s.id, token_id=1000 + s.position) for s in plan.slices if s.sample]
+            self.outputs.extend(self.batcher.commit(results, self.now))
+            self.batcher.check()
+        return plan
+
+    def run(self, steps_max: int = 10_000) -> None:
+        for _ in range(steps_max):
+            if not self.step().slices:
+                return
+        raise AssertionError("still busy")
+
+    def finished(self) -> list[str]:
+        return [o.id for o in self.outputs if o.finish is not None]
+
+    def tokens_of(self, name: str) -> int:
+        return sum(o.id == name for o in self.outputs)
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_prefilled_then_decoded_to_its_length() -> None:
+    drive = Drive()
+    drive.submit(work("a", prompt=10, tokens_max=3))
+    drive.run()
+    assert [(len(s.token_ids), s.sample) for p in drive.plans for s in p.slices] == [
+        (10, True),
+        (1, True),
+        (1, True),
+    ]
+    last = drive.outputs[-1]
+    assert last.finish is FinishReason.LENGTH
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.cached_tokens, last.usage.completion_tokens) == (10, 0, 3)
+
+
+def test_a_stop_ends_the_generation_at_once() -> None:
+    drive = Drive()
+    drive.submit(work("a", tokens_max=50))
+    plan = drive.batcher.plan(0.0)
+    (output,) = drive.batcher.commit([Sampled(id="a", token_id=7, stop=True)], 0.1)
+    assert plan.tokens == 10
+    assert (output.finish, output.token_index) == (FinishReason.STOP, 0)
+    assert drive.step().slices == ()
+
+
+def test_a_long_prompt_leaves_every_step_to_the_running_streams_first() -> None:
+    drive = Drive()
+    drive.submit(work("a", tokens_max=40), work("b", tokens_max=40, first=500))
+    drive.step()
+    drive.submit(work("long", prompt=200, first=1000))
+    while drive.tokens_of("long") == 0:
+        plan = drive.step()
+        assert {"a", "b"} <= {s.id for s in plan.slices}
+        assert plan.tokens <= CONFIG.mixed_tokens
+
+
+def test_with_nothing_to_decode_a_prompt_gets_large_steps() -> None:
+    drive = Drive()
+    drive.submit(work("long", prompt=200))
+    assert drive.step().tokens == CONFIG.prefill_tokens
+
+
+def test_a_short_prompt_is_not_held_up_by_a_long_one() -> None:
+    drive = Drive()
+    drive.submit(work("long", prompt=200), work("short", prompt=8, first=1000))
+    plan = drive.step()
+    assert [s.id for s in plan.slices] == ["short", "long"]
+    assert plan.slices[0].sample
+
+
+def test_resumed_tokens_are_computed_in_small_chunks_after_the_prompt() -> None:
+    drive = Drive()
+    drive.submit(work("a", prompt=20, tokens_max=60, resume_token_ids=tuple(range(500, 545))))
+    drive.run()
+    lengths = [len(s.token_ids) for p in drive.plans for s in p.slices]
+    assert lengths[:3] == [20, CONFIG.resume_chunk_tokens, 45 - CONFIG.resume_chunk_tokens]
+    assert drive.outputs[0].token_index == 45
+    assert drive.outputs[-1].token_index == 59
+
+
+def test_an_empty_plan_needs_no_commit() -> None:
+    batcher = Batcher(CONFIG)
+    assert batcher.plan(0.0) == StepPlan()
+    assert batcher.plan(1.0) == StepPlan()
+
+
+# --- admission -----------------------------------------------------------------------------
+
+
+def test_work_waits_for_a_slot() -> None:
+    drive = Drive(replace(CONFIG, slots=1, cells_total=256))
+    drive.submit(work("a"), work("b", first=100))
+    assert {s.id for s in drive.step().slices} == {"a"}
+    drive.run()
+    assert drive.finished() == ["a", "b"]
+
+
+def test_work_waits_for_cells_not_only_for_slots() -> None:
+    drive = Drive(replace(CONFIG, cells_total=256))
+    drive.submit(work("a", prompt=100, tokens_max=50), work("b", prompt=100, tokens_max=50, first=1000))
+    drive.step()
+    assert drive.batcher.load().running == 1
+    drive.run()
+    assert drive.finished() == ["a", "b"]
+
+
+def test_a_full_queue_is_refused_with_a_time_to_come_back() -> None:
+    drive = Drive(replace(CONFIG, queue_max=2))
+    drive.submit(*(work(f"w{i}") for i in range(6)))
+    with pytest.raises(QueueFull, match="2 waiting") as refused:
+        drive.submit(work("one-too-many"))
+    assert refused.value.retry_after_s == 1.0
+
+
+def test_a_prompt_that_cannot_fit_is_refused() -> None:
+    with pytest.raises(PromptTooLong, match="at most 257"):
+        Drive().submit(work("a", prompt=200, tokens_max=58))
+
+
+def test_a_prompt_that_just_fits_fills_its_context() -> None:
+    drive = Drive()
+    drive.submit(work("a", prompt=200, tokens_max=57))
+    drive.run()
+    assert drive.tokens_of("a") == 57
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (work("a", prompt=0), "prompt"),
+        (work("a", tokens_max=2, resume_token_ids=(1, 2)), "max_tokens"),
+    ],
+)
+def test_impossible_work_is_refused(bad: Work, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        Drive().submit(bad)
+    assert refused.value.field == field
+
+
+def test_an_id_in_use_is_refused() -> None:
+    drive = Drive()
+    drive.submit(work("a"))
+    with pytest.raises(InvalidRequest, match="already running"):
+        drive.submit(work("a"))
+    drive.step()
+    with pytest.raises(InvalidRequest, match="already running"):
+        drive.submit(work("a"))
+
+
+# --- order ---------------------------------------------------------------------------------
+
+ONE = replace(CONFIG, slots=1, cells_total=256)
+
+
+def test_interactive_goes_before_normal_before_batch() -> None:
+    drive = Drive(ONE)
+    drive.submit(
+        work("first"),
+        work("batch", priority=Priority.BATCH),
+        work("normal", priority=Priority.NORMAL),
+        work("interactive", priority=Priority.INTERACTIVE),
+    )
+    drive.run()
+    assert drive.finished() == ["interactive", "first", "normal", "batch"]
+
+
+def test_a_batch_request_does_not_starve_under_endless_interactive_ones() -> None:
+    drive = Drive(replace(ONE, ageing_s=1.0))
+    drive.submit(work("batch", priority=Priority.BATCH))
+    for number in range(400):
+        drive.submit(work(f"i{number}", priority=Priority.INTERACTIVE))
+        while drive.batcher.load().queued > 1:
+            drive.step()
+        if "batch" in drive.finished():
+            break
+    assert "batch" in drive.finished()
+    assert drive.now < 5.0
+
+
+def test_a_tenant_with_one_request_does_not_wait_behind_anothers_hundred() -> None:
+    drive = Drive(replace(ONE, queue_max=64))
+    drive.submit(*(work(f"a{i}", tenant="a") for i in range(40)))
+    drive.step()
+    drive.submit(work("b", tenant="b"))
+    drive.run()
+    assert drive.finished().index("b") <= 2
+
+
+def test_two_busy_tenants_get_equal_shares() -> None:
+    drive = Drive(replace(ONE, queue_max=64))
+    for i in range(20):
+        drive.submit(work(f"a{i}", tenant="a"), work(f"b{i}", tenant="b"))
+    drive.run()
+    first_half = [name[0] for name in drive.finished()[:20]]
+    assert abs(first_half.count("a") - first_half.count("b")) <= 2
+
+
+# --- pause, cancel, deadline -----------------------------------------------------------------
+
+
+def test_a_paused_generation_keeps_its_place_and_computes_nothing() -> None:
+    drive = Drive()
+    drive.submit(work("a", tokens_max=9))
+    drive.step()
+    drive.batcher.pause("a")
+    assert drive.step().slices == ()
+    assert drive.batcher.load().running == 1
+    drive.batcher.resume("a")
+    drive.run()
+    assert drive.tokens_of("a") == 9
+
+
+def test_a_cancelled_generation_frees_its_slot_within_a_step() -> None:
+    drive = Drive(ONE)
+    drive.submit(work("a", tokens_max=100), work("b"))
+    drive.step()
+    assert drive.batcher.cancel("a")
+    assert {s.id for s in drive.step().slices} == {"b"}
+    assert not drive.batcher.cancel("a")
+
+
+def test_a_cancel_while_a_step_runs_takes_effect_at_its_commit() -> None:
+    drive = Drive(ONE)
+    drive.submit(work("a", tokens_max=100))
+    drive.batcher.plan(0.0)
+    assert drive.batcher.cancel("a")
+    drive.batcher.check()
+    assert drive.batcher.commit([], 0.1) == ()
+    drive.batcher.check()
+    assert drive.batcher.load().running == 0
+
+
+def test_waiting_work_can_be_cancelled() -> None:
+    drive = Drive(ONE)
+    drive.submit(work("a"), work("b"))
+    drive.step()
+    assert drive.batcher.cancel("b")
+    drive.run()
+    assert drive.finished() == ["a"]
+
+
+def test_a_deadline_ends_running_and_waiting_work_at_the_next_plan() -> None:
+    drive = Drive(ONE)
+    drive.submit(work("a", tokens_max=200, deadline=1.0), work("b", deadline=0.5))
+    drive.step()
+    assert drive.batcher.deadline == 0.5
+    drive.now = 0.6
+    assert drive.step().expired == ("b",)
+    drive.now = 1.0
+    plan = drive.step()
+    assert plan.expired == ("a",)
+    assert plan.slices == ()
+    assert drive.batcher.deadline is None
+
+
+def test_a_paused_generation_meets_its_deadline_too() -> None:
+    drive = Drive()
+    drive.submit(work("a", deadline=1.0))
+    drive.step()
+    drive.batcher.pause("a")
+    drive.now = 2.0
+    assert drive.step().expired == ("a",)
+
+
+# --- prefixes ------------------------------------------------------------------------------
+
+
+def test_a_finished_prompt_is_reused_from_the_slot_that_holds_it() -> None:
+    drive = Drive()
+    drive.submit(work("a", prompt=100))
+    drive.run()
+    drive.submit(work("b", prompt=120))
+    plan = drive.step()
+    (place,) = plan.places
+    assert (place.keep_tokens, place.source) == (100, place.slot)
+    assert plan.tokens == 20
+    drive.run()
+    assert drive.outputs[-1].usage is not None
+    assert drive.outputs[-1].usage.cached_tokens == 100
+
+
+def test_a_prefix_of_a_running_sequence_is_copied_to_another_slot() -> None:
+    drive = Drive()
+    drive.submit(work("a", prompt=40, tokens_max=50))
+    drive.step()
+    drive.submit(work("b", prompt=60))
+    (place,) = drive.step().places
+    assert place.source != place.slot
+    assert place.keep_tokens == 40
+
+
+def test_the_last_token_of_a_known_prompt_is_computed_again() -> None:
+    drive = Drive()
+    drive.submit(work("a", prompt=50))
+    drive.run()
+    drive.submit(work("b", prompt=50))
+    assert drive.step().tokens == 1
+
+
+def test_a_short_common_prefix_is_not_worth_it() -> None:
+    drive = Drive()
+    drive.submit(Work(id="a", prompt_token_ids=(1, 2, 3, 9, 9), tokens_max=1))
+    drive.run()
+    drive.submit(Work(id="b", prompt_token_ids=(1, 2, 3, 4, 5), tokens_max=1))
+    (place,) = drive.step().places
+    assert place.keep_tokens == 0
+
+
+def test_reuse_can_be_turned_off_for_models_whose_cache_cannot_be_cut() -> None:
+    drive = Drive(replace(CONFIG, reuse_prefixes=False))
+    for name in ("a", "b"):
+        drive.submit(work(name, prompt=50))
+        drive.run()
+    assert [p.tokens for p in drive.plans if p.places] == [50, 50]
+
+
+def test_running_sequences_sit_beside_each_other() -> None:
+    drive = Drive()
+    drive.submit(*(work(f"w{i}", first=1000 * i, tokens_max=5 + 50 * (i % 2)) for i in range(4)))
+    while len(drive.finished()) < 2:
+        drive.step()
+    drive.submit(work("new", first=9000))
+    plan = drive.step()
+    slots = sorted(s.slot for s in plan.slices)
+    assert slots == list(range(slots[0], slots[0] + len(slots)))
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
+def test_the_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
+    length = common_prefix_length(a, b)
+    assert a[:length] == b[:length]
+    assert length == min(len(a), len(b)) or a[length] != b[length]
+
+
+# --- misuse --------------------------------------------------------------------------------
+
+
+def test_planning_twice_without_commit_raises() -> None:
+    drive = Drive()
+    drive.submit(work("a"))
+    drive.batcher.plan(0.0)
+    with pytest.raises(AssertionError, match="without commit"):
+        drive.batcher.plan(0.0)
+
+
+def test_committing_without_a_plan_or_with_foreign_results_raises() -> None:
+    drive = Drive()
+    with pytest.raises(AssertionError, match="without a plan"):
+        drive.batcher.commit([], 0.0)
+    drive.submit(work("a"))
+    drive.batcher.plan(0.0)
+    with pytest.raises(AssertionError, match="not what was planned"):
+        drive.batcher.commit([Sampled(id="b", token_id=1)], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"slots": 0}, "slots"),
+        ({"prefill_tokens": 0}, "prefill_tokens"),
+        ({"mixed_tokens": 4}, "mixed_tokens"),
+        ({"context_tokens": 4}, "context_tokens"),
+        ({"cells_total": 100}, "cells_total"),
+        ({"cells_total": 5000}, "cells_total"),
+        ({"queue_max": -1}, "queue_max"),
+        ({"ageing_s": 0.0}, "ageing_s"),
+        ({"resume_chunk_tokens": 0}, "resume_chunk_tokens"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(change: dict[str, float], field: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Batcher(replace(CONFIG, **change))  # type: ignore[arg-type]
+    assert refused.value.field == field
+
+
+# --- numbers -------------------------------------------------------------------------------
+
+
+def test_load_counts_what_is_pending_and_how_fast_it_goes() -> None:
+    drive = Drive(replace(ONE, prefill_tokens=8, mixed_tokens=8))
+    drive.submit(work("a", prompt=20, tokens_max=30), work("b", prompt=7, tokens_max=11))
+    drive.step()
+    load = drive.batcher.load()
+    assert (load.running, load.queued, load.slots_free) == (1, 1, 0)
+    assert load.pending_prefill_tokens == 12 + 7
+    assert load.pending_decode_tokens == 30 + 11
+    assert load.kv_cells_used == 49
+    assert load.prefill_tokens_per_s == pytest.approx(8 / 0.018)
+    drive.step(), drive.step(), drive.step()
+    assert drive.batcher.load().decode_tokens_per_s == pytest.approx(1 / 0.011)
+
+
+# --- properties ----------------------------------------------------------------------------
+
+WORKS = st.lists(
+    st.builds(
+        lambda prompt, tokens_max, first, priority, tenant, resume: (
+            prompt,
+            tokens_max,
+            first,
+            priority,
+            tenant,
+            resume,
+        ),
+        st.integers(1, 150),
+        st.integers(1, 40),
+        st.sampled_from([0, 0, 1000, 2000]),
+        st.sampled_from(list(Priority)),
+        st.sampled_from(["", "a", "b"]),
+        st.integers(0, 45),
+    ),
+    min_size=1,
+    max_size=25,
+)
+ACTIONS = st.lists(st.sampled_from(["step", "step", "step", "cancel", "pause", "resume"]), max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORKS, ACTIONS, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_every_request_ends_exactly_once_with_all_its_tokens(works, actions, slots, random) -> None:  # type: ignore[no-untyped-def]
+    config = replace(CONFIG, slots=slots, cells_total=max(256, 200 * slots), queue_max=25)
+    drive, cancelled, expected = Drive(config), set(), {}
+    pending = list(enumerate(works))
+    for action in [*actions, *["step"] * 5]:
+        if pending and random.random() < 0.5:
+            number, (prompt, tokens_max, first, priority, tenant, resume) = pending.pop(0)
+            resume = min(resume, tokens_max - 1)
+            drive.submit(
+                work(
+                    f"w{number}",
+                    prompt=prompt,
+                    tokens_max=tokens_max,
+                    first=first,
+                    priority=priority,
+                    tenant=tenant,
+                    resume_token_ids=tuple(range(5000, 5000 + resume)),
+                )
+            )
+            expected[f"w{number}"] = list(range(resume, tokens_max))
+        name = f"w{random.randrange(len(works))}"
+        if action == "step":
+            drive.step()
+        elif action == "cancel":
+            if drive.batcher.cancel(name):
+                cancelled.add(name)
+        else:
+            getattr(drive.batcher, action)(name)
+        drive.batcher.check()
+    for name in expected:
+        drive.batcher.resume(name)
+    drive.run()
+    assert drive.batcher.load() == replace(
+        drive.batcher.load(), running=0, queued=0, kv_cells_used=0, pending_decode_tokens=0
+    )
+    for name, indices in expected.items():
+        got = [o.token_index for o in drive.outputs if o.id == name]
+        if name in cancelled:
+            assert got == indices[: len(got)]
+            assert name not in drive.finished()
+        else:
+            assert got == indices
+            assert drive.finished().count(name) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(WORKS)
+def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works) -> None:  # type: ignore[no-untyped-def]
+    """A model cache driven by the plans alone holds each sequence's true tokens at every step."""
+    drive = Drive(replace(CONFIG, queue_max=25))
+    cache: dict[int, list[int]] = {i: [] for i in range(CONFIG.slots)}
+    truth: dict[str, list[int]] = {}
+    for number, (prompt, tokens_max, first, *_rest) in enumerate(works):
+        one = work(f"w{number}", prompt=prompt, tokens_max=tokens_max, first=first)
+        truth[one.id] = list(one.prompt_token_ids)
+        drive.submit(one)
+    while True:
+        plan = drive.batcher.plan(drive.now)
+        for place in plan.places:
+            cache[place.slot] = cache[place.source][: place.keep_tokens]
+            assert len(cache[place.slot]) == place.keep_tokens
+        if not plan.slices:
+            break
+        assert len({s.slot for s in plan.slices}) == len(plan.slices)
+        results = []
+        for piece in plan.slices:
+            assert len(cache[piece.slot]) == piece.position
+            cache[piece.slot].extend(piece.token_ids)
+            assert cache[piece.slot] == truth[piece.id][: len(cache[piece.slot])]
+            assert len(cache[piece.slot]) <= CONFIG.context_tokens
+            if piece.sample:
+                results.append(Sampled(id=piece.id, token_id=7000 + len(truth[piece.id])))
+                truth[piece.id].append(results[-1].token_id)
+        drive.now += 0.01
+        drive.batcher.commit(results, drive.now)
+        drive.batcher.check()
+    assert drive.batcher.load().running == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(WORKS)
+def test_nothing_starves_while_interactive_requests_keep_coming(works) -> None:  # type: ignore[no-untyped-def]
+    """Each request of any priority is done within a bounded virtual time of an endless foreground load."""
+    drive = Drive(replace(CONFIG, slots=2, cells_total=512, queue_max=60, ageing_s=0.5))
+    for number, (prompt, tokens_max, first, priority, tenant, _resume) in enumerate(works):
+        drive.submit(
+            work(
+                f"w{number}",
+                prompt=prompt,
+                tokens_max=tokens_max,
+                first=first,
+                priority=priority,
+                tenant=tenant,
+            )
+        )
+    for number in range(5000):
+        if drive.batcher.load().queued < 30:
+            drive.submit(work(f"i{number}", priority=Priority.INTERACTIVE, tenant="flood", first=number))
+        drive.step()
+        if {f"w{n}" for n in range(len(works))} <= set(drive.finished()):
+            break
+    else:
+        raise AssertionError("starved")
+    assert drive.now < 40.0
