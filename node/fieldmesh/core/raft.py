@@ -157,10 +157,10 @@ class Raft:
 
     @property
     def common_version(self) -> int:
-        """The newest command version that every member is known to apply; 0 while one has not said."""
+        """The newest command version that every member is known to apply (all apply the first); 0 if not leading."""
         if self.leadership is None:
             return 0
-        return min((self.config.command_version, *self.leadership.versions().values()))
+        return max(1, min((self.config.command_version, *self.leadership.versions().values())))
 
     @property
     def status(self) -> RaftStatus:
@@ -554,10 +554,8 @@ class Raft:
             self._append_own([(EntryKind.COMMAND, command) for command in commands])
 
     def _read(self, read: int) -> None:
-        if self.leadership is None:
-            self._refuse(Refusal.NOT_LEADER)
-        elif self.leadership.reads_count >= self.config.reads_max:
-            self._refuse(Refusal.BUSY)
+        if self.leadership is None or self.leadership.reads_count >= self.config.reads_max:
+            self._effects.append(ReadFailed(id=read))
         else:
             self._post_all(self.leadership.read((read,)))
             self._answer_reads(self.leadership)

@@ -232,9 +232,9 @@ class Propose:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """Ask for a ReadReady: a point up to which the state must be applied to be current (§6.4).
+    """Ask for a point up to which the state must be applied to be current (§6.4).
 
-    Ends in one ReadReady, or in one ReadFailed when the office is lost first.
+    Ends in one ReadReady, or in one ReadFailed: not the leader, not any more, or too many reads wait.
     """
 
     id: int
@@ -342,11 +342,12 @@ class Proposed:
 
 
 class Refusal(Enum):
-    """Why a Propose, Change, Read or Transfer was refused; nothing was appended."""
+    """Why a Propose, Change or Transfer was refused; nothing was appended."""
 
     NOT_LEADER = "not_leader"
     TRANSFERRING = "transferring"
     BUSY = "busy"
+    VERSION_UNKNOWN = "version_unknown"
     TERM_NOT_COMMITTED = "term_not_committed"
     CHANGE_PENDING = "change_pending"
     ALREADY_MEMBER = "already_member"
@@ -375,7 +376,7 @@ class ReadReady:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadFailed:
-    """The office was lost before the read could be proved current; ask the leader again."""
+    """The read could not be proved current here; ask the leader (again)."""
 
     id: int
 

@@ -1,4 +1,4 @@
-"""Messages of the log as bytes and back. Owns: the mapping between ``core.raft_model`` and ``consensus.proto``.
+"""Messages of the log as bytes and back. Owns: the mapping of ``core.raft_model`` to ``consensus.proto``.
 
 Must not: judge more than the wire needs (sizes, ranges, known kinds); ``core.raft_checks`` and the machine do
 the rest. ``decode`` raises InvalidRequest for anything that ``encode`` does not make, and nothing else.
