@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter, mul
 
+from fieldmesh.core.background import TEXTS
 from fieldmesh.core.model import Domain
 
 TEXT_CHARS_MAX = 1000
@@ -44,6 +45,9 @@ EPOCHS = 4
 HELD_OUT_EVERY = 5
 """Every fifth text of a domain is kept back at first, to see what scores unseen texts get."""
 
+OUTSIDE = -1
+"""Stands for no domain among the columns of the model."""
+
 ABSTAIN_BELOW = 0.5
 """Confidence from which a domain is named: where its texts and others are equally likely."""
 
@@ -57,6 +61,7 @@ _UNSPACED = (
 )
 _PUNCTUATION = "!-/:-@\\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f\u060c\u061b\u061f\u0964\u0965"
 _TOKEN = re.compile(f"[{_UNSPACED}]+|[^\\s{_PUNCTUATION}{_UNSPACED}]+|[!-/:-@\\[-`{{-~]")
+_PHRASES = re.compile(r"[^\s,;:.!?、，；：。！？،؛][^,;:.!?\n、，；：。！？،؛]*")
 _UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
 
 
@@ -184,10 +189,8 @@ class _Ridge:
 
     def _step(self, vector: _Vector, domain: int, curvature: float, duals: list[float]) -> None:
         pick = itemgetter(*vector.ids)
-        share = 1 / len(self.weights) if len(self.weights) > 1 else 0.0
         for column, weights in enumerate(self.weights):
-            target = (column == domain) - share
-            error = target - sum(map(mul, pick(weights), vector.values)) - RIDGE * duals[column]
+            error = (column == domain) - sum(map(mul, pick(weights), vector.values)) - RIDGE * duals[column]
             change = error / curvature
             duals[column] += change
             for index, value in zip(vector.ids, vector.values, strict=True):
@@ -260,7 +263,7 @@ class Classifier:
         share = max(1, EXAMPLES_MAX // max(1, len(ordered)))
         texts = [
             (_counts(text), column) for column, domain in enumerate(ordered) for text in _texts(domain, share)
-        ]
+        ] + [(_counts(text), OUTSIDE) for text in TEXTS]
         vocabulary = _Vocabulary([counts for counts, _ in texts])
         vectors = [(vocabulary.vector(counts), column) for counts, column in texts]
         ridge = _Ridge(len(vocabulary), len(ordered))
@@ -301,7 +304,9 @@ class Classifier:
 
 
 def _texts(domain: Domain, examples_max: int) -> Iterable[str]:
-    yield f"{domain.name.replace('_', ' ').replace('-', ' ')}: {domain.description}"
+    """What is learned of a domain: its name, each phrase of its description, its examples."""
+    yield domain.name.replace("_", " ").replace("-", " ")
+    yield from _PHRASES.findall(domain.description)
     yield from domain.examples[:examples_max]
 
 
@@ -312,8 +317,10 @@ def _calibrate(ridge: _Ridge, held_out: Sequence[tuple[_Vector, int]]) -> _Calib
     outside: list[float] = []
     for vector, column in held_out:
         scores = ridge.scores(vector)
-        inside.append(scores[column])
-        outside.extend([max(scores[:column] + scores[column + 1 :])] if len(scores) > 1 else [])
+        if column == OUTSIDE:
+            outside.append(max(scores))
+        else:
+            inside.append(scores[column])
     return _Calibration.of(inside, outside)
 
 
