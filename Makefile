@@ -96,7 +96,7 @@ sweep: dev ## every scenario over many seeds
 
 .PHONY: compose-test
 compose-test: dev wheel ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
-	@$(BIN)/python deploy/docker/compose_test.py
+	@$(BIN)/python -m deploy.docker.compose_test
 
 .PHONY: wheel
 wheel: $(STEPS)/engine ## the compiled engine as a file: build/wheels/llama_cpp_python-*.whl
@@ -106,7 +106,7 @@ wheel: $(STEPS)/engine ## the compiled engine as a file: build/wheels/llama_cpp_
 
 .PHONY: fresh-test
 fresh-test: ## the README's two commands, word for word, in a bare Debian container (needs a docker engine)
-	@$(PYTHON) deploy/docker/fresh_test.py
+	@$(PYTHON) -m deploy.docker.fresh_test
 
 ##@ Keep
 
