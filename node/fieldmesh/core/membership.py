@@ -172,6 +172,7 @@ class Peer:
     """The latest message of this incarnation, heard or gossiped."""
     load: Load = field(default_factory=Load)
     rtt_s: float = 0.0
+    rtt_shown_s: float = 0.0
     address_index: int = 0
     heard_at: float = float("-inf")
     waiting_since: float | None = None
@@ -522,16 +523,18 @@ class Membership:
             yield self._send(peer, self._heartbeat_for(peer, now, wants_answer=False))
 
     def _measure(self, peer: Peer, beat: Heartbeat, now: float) -> None:
-        """Round trip, smoothed as in RFC 6298; worth a revision only when it moved by a fifth."""
+        """Round trip, smoothed as in RFC 6298 but quick to fall: what is above it is mostly a late loop.
+        Worth a revision when it has moved by a fifth of what the view shows."""
         peer.echo_sent_s, peer.echo_at = beat.sent_s, now
         if not beat.echo_sent_s:
             return
         sample = now - beat.echo_sent_s - beat.echo_held_s
         if not 0.0 <= sample <= RTT_CREDIBLE_S_MAX:
             return
-        before = peer.rtt_s
-        peer.rtt_s = sample if not before else 0.875 * before + 0.125 * sample
-        if abs(peer.rtt_s - before) > 0.2 * before:
+        gain = 0.5 if sample < peer.rtt_s else 0.125
+        peer.rtt_s = sample if not peer.rtt_s else peer.rtt_s + gain * (sample - peer.rtt_s)
+        if abs(peer.rtt_s - peer.rtt_shown_s) > 0.2 * peer.rtt_shown_s:
+            peer.rtt_shown_s = peer.rtt_s
             self.revision += 1
 
     def _hear_of_deafness(self, peer: Peer, beat: Heartbeat, now: float) -> None:
@@ -549,7 +552,7 @@ class Membership:
         if incarnation > peer.incarnation:
             self.counts["new_life"] += 1
             peer.incarnation, peer.refutations, peer.sequence = incarnation, 0, 0
-            peer.rtt_s = peer.echo_sent_s = 0.0
+            peer.rtt_s = peer.rtt_shown_s = peer.echo_sent_s = 0.0
             peer.load = Load()
             peer.deaf = False
             if peer.state is NodeState.LEFT:

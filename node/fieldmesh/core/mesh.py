@@ -239,7 +239,7 @@ class Mesh:
     def _member(self, peer: Peer) -> Member:
         """The peer's record in the view, made anew only where something in it changed."""
         row = self._rows.get(peer.id)
-        basis = (peer.state, peer.load, peer.incarnation, peer.address, peer.name, peer.rtt_s, id(row))
+        basis = (peer.state, peer.load, peer.incarnation, peer.address, peer.name, peer.rtt_shown_s, id(row))
         cached = self._members.get(peer.id)
         if cached is not None and cached[0] == basis:
             return cached[1]
@@ -250,7 +250,7 @@ class Mesh:
             state=peer.state,
             incarnation=peer.incarnation,
             load=peer.load,
-            rtt_s=peer.rtt_s,
+            rtt_s=peer.rtt_shown_s,
             row=row,
         )
         self._members[peer.id] = (basis, member)

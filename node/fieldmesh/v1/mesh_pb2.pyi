@@ -5,6 +5,7 @@ The mesh as a client sees it, and the records that nodes publish about themselve
 
 from collections import abc as _abc
 from fieldmesh.v1 import inference_pb2 as _inference_pb2
+from fieldmesh.v1 import peer_pb2 as _peer_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -168,3 +169,147 @@ class NodeInfo(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeInfo: _TypeAlias = NodeInfo  # noqa: Y015
+
+@_typing.final
+class Row(_message.Message):
+    """Row is what one node says of itself in the directory: the payload of a signed envelope."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    CLIENT_ADDRESSES_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROTOCOL_MIN_FIELD_NUMBER: _builtins.int
+    PROTOCOL_MAX_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the node; the envelope's author."""
+    name: _builtins.str
+    """Its name."""
+    mesh: _builtins.str
+    """Name of its mesh."""
+    incarnation: _builtins.int
+    """The envelope's incarnation."""
+    sequence: _builtins.int
+    """The envelope's sequence."""
+    version: _builtins.str
+    """Version of its software."""
+    protocol_min: _builtins.int
+    """Lowest protocol version that it speaks."""
+    protocol_max: _builtins.int
+    """Highest protocol version that it speaks."""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[_peer_pb2.Address]:
+        """Addresses of its peer listener, best first; at most 8."""
+
+    @_builtins.property
+    def client_addresses(self) -> _containers.RepeatedCompositeFieldContainer[_peer_pb2.Address]:
+        """Addresses of its client listener, best first; at most 8."""
+
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Profile]:
+        """What it offers; at most 32."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        mesh: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        addresses: _abc.Iterable[_peer_pb2.Address] | None = ...,
+        client_addresses: _abc.Iterable[_peer_pb2.Address] | None = ...,
+        profiles: _abc.Iterable[Global___Profile] | None = ...,
+        version: _builtins.str = ...,
+        protocol_min: _builtins.int = ...,
+        protocol_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_addresses", b"client_addresses", "id", b"id", "incarnation", b"incarnation", "mesh", b"mesh", "name", b"name", "profiles", b"profiles", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Row: _TypeAlias = Row  # noqa: Y015
+
+@_typing.final
+class Profile(_message.Message):
+    """Profile is one thing that a node offers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DOMAINS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    model: _builtins.str
+    """Name of the model."""
+    fingerprint: _builtins.str
+    """Hash of the model's content."""
+    tier: _builtins.int
+    """Among equals the higher tier is preferred."""
+    context_tokens: _builtins.int
+    """Tokens that prompt and answer may have together."""
+    @_builtins.property
+    def domains(self) -> _containers.RepeatedCompositeFieldContainer[Global___Domain]:
+        """What it is good at; nothing for a generalist. At most 64."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        model: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        domains: _abc.Iterable[Global___Domain] | None = ...,
+        tier: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "domains", b"domains", "fingerprint", b"fingerprint", "model", b"model", "name", b"name", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class Domain(_message.Message):
+    """Domain is a subject in the words that a classifier learns from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    description: _builtins.str
+    """What belongs to it."""
+    @_builtins.property
+    def examples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Questions that belong to it."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        examples: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "examples", b"examples", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Domain: _TypeAlias = Domain  # noqa: Y015

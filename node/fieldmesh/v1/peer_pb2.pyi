@@ -8,6 +8,7 @@ from fieldmesh.v1 import inference_pb2 as _inference_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Rumored:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RumoredEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rumored.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RUMORED_UNSPECIFIED: _Rumored.ValueType  # 0
+    """Never sent."""
+    RUMORED_ALIVE: _Rumored.ValueType  # 1
+    """It lives."""
+    RUMORED_SUSPECT: _Rumored.ValueType  # 2
+    """It has been silent."""
+    RUMORED_DEAD: _Rumored.ValueType  # 3
+    """It was found dead."""
+    RUMORED_LEFT: _Rumored.ValueType  # 4
+    """It said goodbye."""
+
+class Rumored(_Rumored, metaclass=_RumoredEnumTypeWrapper):
+    """Rumored is what a rumor says of a node."""
+
+RUMORED_UNSPECIFIED: Rumored.ValueType  # 0
+"""Never sent."""
+RUMORED_ALIVE: Rumored.ValueType  # 1
+"""It lives."""
+RUMORED_SUSPECT: Rumored.ValueType  # 2
+"""It has been silent."""
+RUMORED_DEAD: Rumored.ValueType  # 3
+"""It was found dead."""
+RUMORED_LEFT: Rumored.ValueType  # 4
+"""It said goodbye."""
+Global___Rumored: _TypeAlias = Rumored  # noqa: Y015
 
 @_typing.final
 class ForwardRequest(_message.Message):
@@ -238,3 +271,676 @@ class TokenizeForwardedResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenizeForwardedResponse: _TypeAlias = TokenizeForwardedResponse  # noqa: Y015
+
+@_typing.final
+class ControlRequest(_message.Message):
+    """ControlRequest is one control message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    HELLO_FIELD_NUMBER: _builtins.int
+    WELCOME_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    PROBE_REQUEST_FIELD_NUMBER: _builtins.int
+    PROBE_REPLY_FIELD_NUMBER: _builtins.int
+    GOODBYE_FIELD_NUMBER: _builtins.int
+    DIRECTORY_PULL_FIELD_NUMBER: _builtins.int
+    DIRECTORY_PUSH_FIELD_NUMBER: _builtins.int
+    sender: _builtins.str
+    """Id of the node that speaks."""
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat:
+        """I live."""
+
+    @_builtins.property
+    def hello(self) -> Global___Hello:
+        """The first word to an address."""
+
+    @_builtins.property
+    def welcome(self) -> Global___Welcome:
+        """The answer to a Hello."""
+
+    @_builtins.property
+    def refused(self) -> Global___Refused:
+        """The other answer to a Hello."""
+
+    @_builtins.property
+    def probe_request(self) -> Global___ProbeRequest:
+        """Find out for me whether a node answers."""
+
+    @_builtins.property
+    def probe_reply(self) -> Global___ProbeReply:
+        """It answered."""
+
+    @_builtins.property
+    def goodbye(self) -> Global___Goodbye:
+        """I leave."""
+
+    @_builtins.property
+    def directory_pull(self) -> Global___DirectoryPull:
+        """Send me what I lack of the directory."""
+
+    @_builtins.property
+    def directory_push(self) -> Global___DirectoryPush:
+        """Some of the directory."""
+
+    def __init__(
+        self,
+        *,
+        sender: _builtins.str = ...,
+        heartbeat: Global___Heartbeat | None = ...,
+        hello: Global___Hello | None = ...,
+        welcome: Global___Welcome | None = ...,
+        refused: Global___Refused | None = ...,
+        probe_request: Global___ProbeRequest | None = ...,
+        probe_reply: Global___ProbeReply | None = ...,
+        goodbye: Global___Goodbye | None = ...,
+        directory_pull: Global___DirectoryPull | None = ...,
+        directory_push: Global___DirectoryPush | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directory_pull", b"directory_pull", "directory_push", b"directory_push", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "probe_reply", b"probe_reply", "probe_request", b"probe_request", "refused", b"refused", "welcome", b"welcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory_pull", b"directory_pull", "directory_push", b"directory_push", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "probe_reply", b"probe_reply", "probe_request", b"probe_request", "refused", b"refused", "sender", b"sender", "welcome", b"welcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["heartbeat", "hello", "welcome", "refused", "probe_request", "probe_reply", "goodbye", "directory_pull", "directory_push"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ControlRequest: _TypeAlias = ControlRequest  # noqa: Y015
+
+@_typing.final
+class ControlResponse(_message.Message):
+    """ControlResponse ends a stream of control messages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlResponse: _TypeAlias = ControlResponse  # noqa: Y015
+
+@_typing.final
+class Address(_message.Message):
+    """Address is where a listener can be reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """A name or a bare IP literal, 1 to 253 characters."""
+    port: _builtins.int
+    """1 to 65535."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Address: _TypeAlias = Address  # noqa: Y015
+
+@_typing.final
+class DirectoryMark(_message.Message):
+    """DirectoryMark is the state of a directory replica: equal marks leave nothing to exchange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Rises with each compaction."""
+    digest: _builtins.bytes
+    """Hash over all rows, at most 32 bytes."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectoryMark: _TypeAlias = DirectoryMark  # noqa: Y015
+
+@_typing.final
+class Introduction(_message.Message):
+    """Introduction is what a node says of itself when it meets another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESH_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PROTOCOL_MIN_FIELD_NUMBER: _builtins.int
+    PROTOCOL_MAX_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUTATIONS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    mesh: _builtins.str
+    """Name of its mesh."""
+    name: _builtins.str
+    """Its name."""
+    protocol_min: _builtins.int
+    """Lowest protocol version that it speaks."""
+    protocol_max: _builtins.int
+    """Highest protocol version that it speaks."""
+    incarnation: _builtins.int
+    """Rises at each of its starts."""
+    refutations: _builtins.int
+    """Rises when it refutes a suspicion."""
+    sequence: _builtins.int
+    """Rises with each of its messages."""
+    nonce: _builtins.int
+    """Drawn at each of its starts."""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Address]:
+        """Addresses of its peer listener, best first; at most 8."""
+
+    @_builtins.property
+    def directory(self) -> Global___DirectoryMark:
+        """State of its directory."""
+
+    def __init__(
+        self,
+        *,
+        mesh: _builtins.str = ...,
+        name: _builtins.str = ...,
+        protocol_min: _builtins.int = ...,
+        protocol_max: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        refutations: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        nonce: _builtins.int = ...,
+        addresses: _abc.Iterable[Global___Address] | None = ...,
+        directory: Global___DirectoryMark | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "directory", b"directory", "incarnation", b"incarnation", "mesh", b"mesh", "name", b"name", "nonce", b"nonce", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "refutations", b"refutations", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Introduction: _TypeAlias = Introduction  # noqa: Y015
+
+@_typing.final
+class PeerHint(_message.Message):
+    """PeerHint is a member as one node tells it to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUTATIONS_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the node."""
+    name: _builtins.str
+    """Its name."""
+    incarnation: _builtins.int
+    """Its incarnation."""
+    refutations: _builtins.int
+    """Its refutations in this incarnation."""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Address]:
+        """Addresses of its peer listener; at most 8."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        refutations: _builtins.int = ...,
+        addresses: _abc.Iterable[Global___Address] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "id", b"id", "incarnation", b"incarnation", "name", b"name", "refutations", b"refutations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerHint: _TypeAlias = PeerHint  # noqa: Y015
+
+@_typing.final
+class Rumor(_message.Message):
+    """Rumor is what somebody believes of a node; the higher incarnation and refutations hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABOUT_FIELD_NUMBER: _builtins.int
+    SAYS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUTATIONS_FIELD_NUMBER: _builtins.int
+    ACCUSER_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    about: _builtins.str
+    """Id of the node that it is about."""
+    says: Global___Rumored.ValueType
+    """What it says."""
+    incarnation: _builtins.int
+    """The node's incarnation."""
+    refutations: _builtins.int
+    """The node's refutations in this incarnation."""
+    accuser: _builtins.str
+    """Id of the node that first said so."""
+    name: _builtins.str
+    """Name of the node that it is about."""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Address]:
+        """Addresses of the node that it is about; at most 8."""
+
+    def __init__(
+        self,
+        *,
+        about: _builtins.str = ...,
+        says: Global___Rumored.ValueType = ...,
+        incarnation: _builtins.int = ...,
+        refutations: _builtins.int = ...,
+        accuser: _builtins.str = ...,
+        name: _builtins.str = ...,
+        addresses: _abc.Iterable[Global___Address] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "accuser", b"accuser", "addresses", b"addresses", "incarnation", b"incarnation", "name", b"name", "refutations", b"refutations", "says", b"says"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rumor: _TypeAlias = Rumor  # noqa: Y015
+
+@_typing.final
+class Gossip(_message.Message):
+    """Gossip is third-hand news of a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABOUT_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUTATIONS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    about: _builtins.str
+    """Id of the node."""
+    incarnation: _builtins.int
+    """Its incarnation."""
+    refutations: _builtins.int
+    """Its refutations in this incarnation."""
+    sequence: _builtins.int
+    """Sequence of the latest message that anybody on the way has heard."""
+    @_builtins.property
+    def load(self) -> _inference_pb2.Load:
+        """How busy it said it is."""
+
+    def __init__(
+        self,
+        *,
+        about: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        refutations: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        load: _inference_pb2.Load | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "incarnation", b"incarnation", "load", b"load", "refutations", b"refutations", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gossip: _TypeAlias = Gossip  # noqa: Y015
+
+@_typing.final
+class Hello(_message.Message):
+    """Hello is the first word to an address."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHO_FIELD_NUMBER: _builtins.int
+    DIALED_FIELD_NUMBER: _builtins.int
+    RUMORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def who(self) -> Global___Introduction:
+        """Who speaks."""
+
+    @_builtins.property
+    def dialed(self) -> Global___Address:
+        """The address that was dialed."""
+
+    @_builtins.property
+    def rumors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rumor]:
+        """What the sender believes of the addressee, so that it can refute; at most 16."""
+
+    def __init__(
+        self,
+        *,
+        who: Global___Introduction | None = ...,
+        dialed: Global___Address | None = ...,
+        rumors: _abc.Iterable[Global___Rumor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "who", b"who"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "rumors", b"rumors", "who", b"who"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Welcome(_message.Message):
+    """Welcome answers a Hello."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHO_FIELD_NUMBER: _builtins.int
+    DIALED_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def who(self) -> Global___Introduction:
+        """Who lives at the address."""
+
+    @_builtins.property
+    def dialed(self) -> Global___Address:
+        """The address that was dialed."""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerHint]:
+        """Whom else it knows; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        who: Global___Introduction | None = ...,
+        dialed: Global___Address | None = ...,
+        peers: _abc.Iterable[Global___PeerHint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "who", b"who"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "peers", b"peers", "who", b"who"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Refused(_message.Message):
+    """Refused answers a Hello that cannot be welcomed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DIALED_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """A stable code."""
+    message: _builtins.str
+    """A sentence for the operator, at most 400 characters."""
+    @_builtins.property
+    def dialed(self) -> Global___Address:
+        """The address that was dialed."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        message: _builtins.str = ...,
+        dialed: Global___Address | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "dialed", b"dialed", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refused: _TypeAlias = Refused  # noqa: Y015
+
+@_typing.final
+class Heartbeat(_message.Message):
+    """Heartbeat says that the sender lives, how busy it is, and what it hears of the addressee."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUTATIONS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SENT_S_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    WANTS_ANSWER_FIELD_NUMBER: _builtins.int
+    HEARD_AGE_S_FIELD_NUMBER: _builtins.int
+    ECHO_SENT_S_FIELD_NUMBER: _builtins.int
+    ECHO_HELD_S_FIELD_NUMBER: _builtins.int
+    RUMORS_FIELD_NUMBER: _builtins.int
+    GOSSIP_FIELD_NUMBER: _builtins.int
+    to: _builtins.str
+    """Id of the addressee."""
+    incarnation: _builtins.int
+    """The sender's incarnation."""
+    refutations: _builtins.int
+    """The sender's refutations in this incarnation."""
+    sequence: _builtins.int
+    """Rises with each message of the sender."""
+    sent_s: _builtins.float
+    """The sender's clock in seconds."""
+    wants_answer: _builtins.bool
+    """Whether the addressee should answer with a heartbeat at once."""
+    heard_age_s: _builtins.float
+    """Seconds since the sender heard the addressee; unset where it does not watch it."""
+    echo_sent_s: _builtins.float
+    """sent_s of the addressee's latest heartbeat; 0 before the first."""
+    echo_held_s: _builtins.float
+    """Seconds since that heartbeat came."""
+    @_builtins.property
+    def load(self) -> _inference_pb2.Load:
+        """How busy the sender is."""
+
+    @_builtins.property
+    def directory(self) -> Global___DirectoryMark:
+        """State of the sender's directory."""
+
+    @_builtins.property
+    def rumors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rumor]:
+        """Rumors to pass on; at most 16."""
+
+    @_builtins.property
+    def gossip(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gossip]:
+        """News to pass on; at most 32."""
+
+    def __init__(
+        self,
+        *,
+        to: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        refutations: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+        sent_s: _builtins.float = ...,
+        load: _inference_pb2.Load | None = ...,
+        directory: Global___DirectoryMark | None = ...,
+        wants_answer: _builtins.bool = ...,
+        heard_age_s: _builtins.float | None = ...,
+        echo_sent_s: _builtins.float = ...,
+        echo_held_s: _builtins.float = ...,
+        rumors: _abc.Iterable[Global___Rumor] | None = ...,
+        gossip: _abc.Iterable[Global___Gossip] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_heard_age_s", b"_heard_age_s", "directory", b"directory", "heard_age_s", b"heard_age_s", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_heard_age_s", b"_heard_age_s", "directory", b"directory", "echo_held_s", b"echo_held_s", "echo_sent_s", b"echo_sent_s", "gossip", b"gossip", "heard_age_s", b"heard_age_s", "incarnation", b"incarnation", "load", b"load", "refutations", b"refutations", "rumors", b"rumors", "sent_s", b"sent_s", "sequence", b"sequence", "to", b"to", "wants_answer", b"wants_answer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__heard_age_s: _TypeAlias = _typing.Literal["heard_age_s"]  # noqa: Y015
+    _WhichOneofArgType__heard_age_s: _TypeAlias = _typing.Literal["_heard_age_s", b"_heard_age_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heard_age_s) -> _WhichOneofReturnType__heard_age_s | None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class ProbeRequest(_message.Message):
+    """ProbeRequest asks the addressee to find out whether a node answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Id of that node."""
+    nonce: _builtins.int
+    """Comes back in the reply."""
+    @_builtins.property
+    def address(self) -> Global___Address:
+        """Where the sender knows it to be."""
+
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        address: Global___Address | None = ...,
+        nonce: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "nonce", b"nonce", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeRequest: _TypeAlias = ProbeRequest  # noqa: Y015
+
+@_typing.final
+class ProbeReply(_message.Message):
+    """ProbeReply says that the node answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUTATIONS_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """Id of that node."""
+    nonce: _builtins.int
+    """From the request."""
+    incarnation: _builtins.int
+    """The node's incarnation."""
+    refutations: _builtins.int
+    """The node's refutations in this incarnation."""
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        nonce: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        refutations: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "nonce", b"nonce", "refutations", b"refutations", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeReply: _TypeAlias = ProbeReply  # noqa: Y015
+
+@_typing.final
+class Goodbye(_message.Message):
+    """Goodbye says that the sender leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    """The sender's incarnation."""
+    sequence: _builtins.int
+    """Rises with each message of the sender."""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
+
+@_typing.final
+class DirectoryPull(_message.Message):
+    """DirectoryPull asks for what the sender lacks of the directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_VECTOR_FIELD_NUMBER: _builtins.int
+    AFTER_CLIENT_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Epoch of the sender's document."""
+    state_vector: _builtins.bytes
+    """Its state vector (Yjs), at most 64 KiB."""
+    after_client: _builtins.int
+    """Goes on behind this client id where an answer came in pages; 0 begins."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        state_vector: _builtins.bytes = ...,
+        after_client: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_client", b"after_client", "epoch", b"epoch", "state_vector", b"state_vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectoryPull: _TypeAlias = DirectoryPull  # noqa: Y015
+
+@_typing.final
+class DirectoryPush(_message.Message):
+    """DirectoryPush carries some of the directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
+    NEXT_CLIENT_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Epoch of the document."""
+    update: _builtins.bytes
+    """An update (Yjs), at most 256 KiB."""
+    next_client: _builtins.int
+    """Where to go on pulling; 0 where this is the end."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        update: _builtins.bytes = ...,
+        next_client: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_client", b"next_client", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectoryPush: _TypeAlias = DirectoryPush  # noqa: Y015

@@ -45,6 +45,11 @@ class PeerServiceStub:
                 request_serializer=fieldmesh_dot_v1_dot_peer__pb2.AbortForwardedRequest.SerializeToString,
                 response_deserializer=fieldmesh_dot_v1_dot_peer__pb2.AbortForwardedResponse.FromString,
                 _registered_method=True)
+        self.Control = channel.stream_unary(
+                '/fieldmesh.v1.PeerService/Control',
+                request_serializer=fieldmesh_dot_v1_dot_peer__pb2.ControlRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_peer__pb2.ControlResponse.FromString,
+                _registered_method=True)
         self.TokenizeForwarded = channel.unary_unary(
                 '/fieldmesh.v1.PeerService/TokenizeForwarded',
                 request_serializer=fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedRequest.SerializeToString,
@@ -70,6 +75,14 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Control(self, request_iterator, context):
+        """Control carries one node's control messages to another, in order, for as long as the stream lives.
+        Messages may be lost with a stream, and a newer stream of the same sender replaces the older one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TokenizeForwarded(self, request, context):
         """TokenizeForwarded tokenises with this node's model.
         """
@@ -89,6 +102,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.AbortForwarded,
                     request_deserializer=fieldmesh_dot_v1_dot_peer__pb2.AbortForwardedRequest.FromString,
                     response_serializer=fieldmesh_dot_v1_dot_peer__pb2.AbortForwardedResponse.SerializeToString,
+            ),
+            'Control': grpc.stream_unary_rpc_method_handler(
+                    servicer.Control,
+                    request_deserializer=fieldmesh_dot_v1_dot_peer__pb2.ControlRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_peer__pb2.ControlResponse.SerializeToString,
             ),
             'TokenizeForwarded': grpc.unary_unary_rpc_method_handler(
                     servicer.TokenizeForwarded,
@@ -151,6 +169,33 @@ class PeerService:
             '/fieldmesh.v1.PeerService/AbortForwarded',
             fieldmesh_dot_v1_dot_peer__pb2.AbortForwardedRequest.SerializeToString,
             fieldmesh_dot_v1_dot_peer__pb2.AbortForwardedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Control(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/fieldmesh.v1.PeerService/Control',
+            fieldmesh_dot_v1_dot_peer__pb2.ControlRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_peer__pb2.ControlResponse.FromString,
             options,
             channel_credentials,
             insecure,

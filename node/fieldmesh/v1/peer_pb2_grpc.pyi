@@ -37,6 +37,10 @@ class PeerServiceStub:
     """Forward runs a request at this node on behalf of another, or passes it on while hops are left."""
     AbortForwarded: _grpc.UnaryUnaryMultiCallable[_peer_pb2.AbortForwardedRequest, _peer_pb2.AbortForwardedResponse]
     """AbortForwarded ends a generation that runs here on behalf of another node or of a client."""
+    Control: _grpc.StreamUnaryMultiCallable[_peer_pb2.ControlRequest, _peer_pb2.ControlResponse]
+    """Control carries one node's control messages to another, in order, for as long as the stream lives.
+    Messages may be lost with a stream, and a newer stream of the same sender replaces the older one.
+    """
     TokenizeForwarded: _grpc.UnaryUnaryMultiCallable[_peer_pb2.TokenizeForwardedRequest, _peer_pb2.TokenizeForwardedResponse]
     """TokenizeForwarded tokenises with this node's model."""
 
@@ -49,6 +53,10 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """Forward runs a request at this node on behalf of another, or passes it on while hops are left."""
     AbortForwarded: _aio.UnaryUnaryMultiCallable[_peer_pb2.AbortForwardedRequest, _peer_pb2.AbortForwardedResponse]  # type: ignore[assignment]
     """AbortForwarded ends a generation that runs here on behalf of another node or of a client."""
+    Control: _aio.StreamUnaryMultiCallable[_peer_pb2.ControlRequest, _peer_pb2.ControlResponse]  # type: ignore[assignment]
+    """Control carries one node's control messages to another, in order, for as long as the stream lives.
+    Messages may be lost with a stream, and a newer stream of the same sender replaces the older one.
+    """
     TokenizeForwarded: _aio.UnaryUnaryMultiCallable[_peer_pb2.TokenizeForwardedRequest, _peer_pb2.TokenizeForwardedResponse]  # type: ignore[assignment]
     """TokenizeForwarded tokenises with this node's model."""
 
@@ -70,6 +78,16 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.AbortForwardedResponse, _abc.Awaitable[_peer_pb2.AbortForwardedResponse]]:
         """AbortForwarded ends a generation that runs here on behalf of another node or of a client."""
+
+    @_abc_1.abstractmethod
+    def Control(
+        self,
+        request_iterator: _MaybeAsyncIterator[_peer_pb2.ControlRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.ControlResponse, _abc.Awaitable[_peer_pb2.ControlResponse]]:
+        """Control carries one node's control messages to another, in order, for as long as the stream lives.
+        Messages may be lost with a stream, and a newer stream of the same sender replaces the older one.
+        """
 
     @_abc_1.abstractmethod
     def TokenizeForwarded(
