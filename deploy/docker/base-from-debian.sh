@@ -38,7 +38,10 @@ $as_root debootstrap --variant=minbase --include="$packages" "$suite" "$root" >"
   exit 1
 }
 rm -f "$root.log"
-$as_root rm -rf "$root/var/cache/apt/archives" "$root/var/lib/apt/lists"
+$as_root rm -rf "$root/var/cache/apt" "$root/var/lib/apt/lists"
+# apt should not write its caches into every layer.
+printf 'Dir::Cache::pkgcache "";\nDir::Cache::srcpkgcache "";\n' | $as_root tee "$root/etc/apt/apt.conf.d/no-caches" >/dev/null
+$as_root mkdir -p "$root/var/cache/apt/archives/partial"
 
 bundle=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
 inside=/etc/ssl/certs/ca-certificates.crt

@@ -373,7 +373,7 @@ def show_logs(project: Project) -> None:
 
 
 def test(project: Project, mesh: Mesh, rows: list[Row]) -> None:
-    """Brings the mesh up, makes it suffer, and lets it end; a row for each. Raises Unexpected, CommandFailed."""
+    """Brings the mesh up, makes it suffer, lets it end; adds rows. Raises Unexpected, CommandFailed."""
     quiet = Row(name="nothing")
     begun = time.monotonic()
     project.up()
