@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from fieldmesh.client.discovery import Announcement
+from fieldmesh.core.joining import HintSource
 from fieldmesh.core.model import Address, NodeId
 from fieldmesh.runtime import discovery
 from fieldmesh.runtime.discovery import Multicast, Seeds, look_up, repeat_hints
 
 LOOPBACK = ["127.0.0.1"]
-Hint = tuple[Address, NodeId | None]
+Hint = tuple[Address, HintSource]
+MDNS = HintSource.MDNS
 
 
 def announcement(
@@ -36,7 +38,7 @@ class Node:
 
     def __init__(self) -> None:
         self.hints: asyncio.Queue[Hint] = asyncio.Queue(64)
-        self.multicast = Multicast(lambda address, node: self.hints.put_nowait((address, node)))
+        self.multicast = Multicast(lambda *hint: self.hints.put_nowait(hint))
 
     async def hint(self) -> Hint:
         async with asyncio.timeout(10):
@@ -55,8 +57,8 @@ async def test_two_nodes_of_one_mesh_hear_of_each_other(pair: tuple[Node, Node])
     a, b = pair
     await a.multicast.update(announcement("a", peer_port=1), LOOPBACK)
     await b.multicast.update(announcement("b", peer_port=2), LOOPBACK)
-    assert await a.hint() == (Address(host="127.0.0.1", port=2), "b" * 32)
-    assert await b.hint() == (Address(host="127.0.0.1", port=1), "a" * 32)
+    assert await a.hint() == (Address(host="127.0.0.1", port=2), MDNS)
+    assert await b.hint() == (Address(host="127.0.0.1", port=1), MDNS)
     assert a.multicast.statistics().known == 1
     assert a.multicast.statistics().announced
 
@@ -68,9 +70,9 @@ async def test_a_node_that_moved_is_hinted_at_again_and_hints_can_be_repeated(
     await a.multicast.update(announcement("a"), LOOPBACK)
     for port in (2, 3):
         await b.multicast.update(announcement("b", peer_port=port), LOOPBACK)
-        assert await a.hint() == (Address(host="127.0.0.1", port=port), "b" * 32)
+        assert await a.hint() == (Address(host="127.0.0.1", port=port), MDNS)
     a.multicast.repeat()
-    assert await a.hint() == (Address(host="127.0.0.1", port=3), "b" * 32)
+    assert await a.hint() == (Address(host="127.0.0.1", port=3), MDNS)
 
 
 async def test_a_foreign_mesh_is_counted_and_ignored(pair: tuple[Node, Node]) -> None:
@@ -78,7 +80,7 @@ async def test_a_foreign_mesh_is_counted_and_ignored(pair: tuple[Node, Node]) ->
     await b.multicast.update(announcement("b", mesh="other"), LOOPBACK)
     await a.multicast.update(announcement("a"), LOOPBACK)
     await b.multicast.update(announcement("c", peer_port=5), LOOPBACK)
-    assert await a.hint() == (Address(host="127.0.0.1", port=5), "c" * 32)
+    assert await a.hint() == (Address(host="127.0.0.1", port=5), MDNS)
     assert a.multicast.statistics().foreign == 1
 
 
@@ -87,7 +89,7 @@ async def test_a_loopback_address_means_nothing_to_a_node_of_another_box(pair: t
     await a.multicast.update(announcement("a", host="10.0.0.1"), LOOPBACK)
     await b.multicast.update(announcement("b"), LOOPBACK)
     await b.multicast.update(announcement("b", host="10.0.0.2", peer_port=9), LOOPBACK)
-    assert await a.hint() == (Address(host="10.0.0.2", port=9), "b" * 32)
+    assert await a.hint() == (Address(host="10.0.0.2", port=9), MDNS)
     assert a.multicast.statistics().ignored == 1
 
 
@@ -105,7 +107,7 @@ async def test_no_multicast_is_no_failure(monkeypatch: pytest.MonkeyPatch, pair:
     assert not a.multicast.statistics().announced
     await a.multicast.update(announcement("a"), LOOPBACK)  # the network came back
     await b.multicast.update(announcement("b"), LOOPBACK)
-    assert (await a.hint())[1] == "b" * 32
+    assert await a.hint() == (Address(host="127.0.0.1", port=7421), MDNS)
 
 
 async def test_an_interface_that_is_gone_does_not_keep_the_others_from_it(pair: tuple[Node, Node]) -> None:
@@ -114,7 +116,7 @@ async def test_an_interface_that_is_gone_does_not_keep_the_others_from_it(pair: 
     assert not a.multicast.statistics().announced
     await a.multicast.update(announcement("a"), ["203.0.113.77", *LOOPBACK])
     await b.multicast.update(announcement("b"), LOOPBACK)
-    assert (await a.hint())[1] == "b" * 32
+    assert await a.hint() == (Address(host="127.0.0.1", port=7421), MDNS)
 
 
 async def test_the_number_of_nodes_is_bounded(
@@ -159,19 +161,20 @@ async def test_seeds_are_looked_up_again_and_a_lost_name_costs_only_itself(
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
     hints: list[Hint] = []
     names = [Address(host=host, port=7421) for host in ("gone", "moving", "127.0.0.1")]
-    seeds = Seeds(names, lambda address, node: hints.append((address, node)))
+    seeds = Seeds(names, lambda *hint: hints.append(hint))
     await seeds.give()
     answers["moving"] = ["10.0.0.2"]
     await seeds.give()
-    hosts = [address.host for address, node in hints if node is None]
-    assert sorted(hosts[:2]) == ["10.0.0.1", "127.0.0.1"]
-    assert sorted(hosts[2:]) == ["10.0.0.2", "127.0.0.1"]
+    told = [(address.host, source) for address, source in hints]
+    fixed = ("127.0.0.1", HintSource.SEED)
+    assert set(told[:2]) == {("10.0.0.1", MDNS), fixed}
+    assert set(told[2:]) == {("10.0.0.2", MDNS), fixed}
 
 
 @pytest.mark.parametrize("host", ["x" * 64 + ".example", "no\x00name", "a..b"])
 async def test_a_name_that_is_none_is_survived(host: str) -> None:
     hints: list[Hint] = []
-    seeds = Seeds([Address(host=host, port=1)], lambda address, node: hints.append((address, node)))
+    seeds = Seeds([Address(host=host, port=1)], lambda *hint: hints.append(hint))
     await seeds.give()
     assert hints == []
 

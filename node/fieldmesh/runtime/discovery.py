@@ -1,10 +1,10 @@
 """How a node finds others to join. Owns: its announcement by multicast DNS, listening for those of others,
 and looking up the seeds.
 
-All it gives are hints (an address, and the id behind it where that is known); whether anybody lives there is
-for the mesh to find out. Hints are given again from time to time, so that two halves of a mesh that have
-forgotten each other meet again. A box without multicast, or without any network, keeps its seeds and tries
-again when its addresses change. Must not: decide who is a member.
+All it gives are hints (an address and its source); whether anybody lives there is for the mesh to find out.
+Hints are given again from time to time, so that two halves of a mesh that have forgotten each other meet
+again. A box without multicast, or without any network, keeps its seeds and tries again when its addresses
+change. Must not: decide who is a member.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncZeroconf
 
 from fieldmesh.client.discovery import Announcement, Listener, to_service
+from fieldmesh.core.joining import HintSource
 from fieldmesh.core.model import Address, NodeId
 from fieldmesh.runtime import log
 from fieldmesh.values import is_loopback
@@ -31,7 +32,7 @@ REPEAT_ALONE_S = 4.0
 LOOKUP_TIMEOUT_S = 5.0
 KNOWN_MAX = 1_024
 
-OnHint = Callable[[Address, NodeId | None], None]
+OnHint = Callable[[Address, HintSource], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +101,9 @@ class Multicast:
 
     def repeat(self) -> None:
         """Give every hint that is known again."""
-        for node, addresses in list(self._known.items()):
+        for addresses in list(self._known.values()):
             for address in addresses:
-                self._on_hint(address, node)
+                self._on_hint(address, HintSource.MDNS)
 
     def statistics(self) -> DiscoveryStatistics:
         listening = self._listener
@@ -131,7 +132,7 @@ class Multicast:
         self._known[other.id] = addresses
         self._log.debug("mdns_found", peer=other.id, addresses=[str(address) for address in addresses])
         for address in addresses:
-            self._on_hint(address, other.id)
+            self._on_hint(address, HintSource.MDNS)
 
     def _gone(self, node: NodeId) -> None:
         self._known.pop(node, None)
@@ -174,8 +175,10 @@ class Seeds:
         if seed in self._unresolved:
             self._unresolved.remove(seed)
             self._log.info("seed_resolved", seed=str(seed))
+        # An address that was looked up may be another node's tomorrow: like mDNS, it is hinted at again.
+        source = HintSource.SEED if found == (seed,) else HintSource.MDNS
         for address in found:
-            self._on_hint(address, None)
+            self._on_hint(address, source)
 
 
 async def look_up(address: Address) -> tuple[Address, ...]:
