@@ -250,6 +250,8 @@ class NodeConfig:
 
 # --- the table of options ----------------------------------------------------------------
 
+_FLAGS: Final = {"listen.client": "--listen", "listen.peer": "--peer-listen", "discovery.seeds": "--seed"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
@@ -268,6 +270,11 @@ class Option:
     @property
     def name(self) -> str:
         return self.key.partition(".")[2]
+
+    @property
+    def flag(self) -> str:
+        """How `fieldmesh serve` calls it, if it has a flag."""
+        return _FLAGS.get(self.key, f"--{self.name.replace('_', '-')}")
 
 
 @cache
@@ -328,7 +335,7 @@ def load(
         if value is not None:
             if key not in options():
                 raise _unknown(key, list(options()), "flag")
-            given[key] = (value, f"flag --{options()[key].name.replace('_', '-')}")
+            given[key] = (value, f"flag {options()[key].flag}")
     parsed = {key: _parse(options()[key], value, source) for key, (value, source) in given.items()}
     slices: dict[str, Any] = {}
     for section in fields(NodeConfig):

@@ -10,6 +10,7 @@ Errors are the leaves of ``fieldmesh.core.errors``; their root ``FieldmeshError`
 from fieldmesh.client.aio import AsyncClient, AsyncStream
 from fieldmesh.client.calls import Options
 from fieldmesh.client.failover import Persistence
+from fieldmesh.client.health import serving
 from fieldmesh.client.records import Mesh, Node, NodeLoad, Offer, Result, Tokens, as_json
 from fieldmesh.client.sync import Client, Stream
 from fieldmesh.core.errors import FieldmeshError
@@ -33,4 +34,5 @@ __all__ = [
     "Stream",
     "Tokens",
     "as_json",
+    "serving",
 ]

@@ -214,7 +214,8 @@ def translated(failure: Failure, asked: Address) -> FieldmeshError:
     details = next((value for key, value in failure.trailing_metadata() or () if key == DETAILS_KEY), None)
     if not isinstance(details, bytes):
         if code is grpc.StatusCode.UNAVAILABLE:
-            return NodeUnreachable(f"{asked} cannot be reached: {said}", metadata={"address": str(asked)})
+            reason = said.rpartition("Failed to connect to remote host: ")[2] or "it is gone"
+            return NodeUnreachable(f"{asked} cannot be reached: {reason}", metadata={"address": str(asked)})
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolMismatch(
                 f"{asked} is no client listener of a node: it may be the peer listener, or another program.",

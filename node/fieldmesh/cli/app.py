@@ -1,0 +1,90 @@
+"""The tree of commands. Owns: the options before the command, and turning errors into sentences and exit
+codes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fieldmesh import __version__
+from fieldmesh.cli import asking, configuration, looking, profiling, serving, terminal, up
+from fieldmesh.core.errors import FieldmeshError, NodeUnreachable
+
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not available, 4 not found, 130 interrupted. "
+    "--node and FIELDMESH_NODE say which node to ask; FIELDMESH_DEBUG=1 shows where an error came from."
+)
+
+app = typer.Typer(
+    name="fieldmesh",
+    help="A peer-to-peer mesh of edge inference nodes: ask any box, the best one answers.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help starts in a third of the time, and can be piped
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        terminal.write(f"fieldmesh {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only data and errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A peer-to-peer mesh of edge inference nodes: ask any box, the best one answers."""
+    terminal.VERBOSITY.quiet = quiet
+    terminal.VERBOSITY.verbose = verbose
+    terminal.VERBOSITY.debug = debug or os.environ.get("FIELDMESH_DEBUG", "") not in ("", "0")
+
+
+app.command()(up.up)
+app.command()(serving.serve)
+app.command()(asking.ask)
+app.command()(asking.chat)
+app.command()(looking.status)
+app.add_typer(profiling.app, name="profiles")
+app.add_typer(configuration.app, name="config")
+app.command()(looking.health)
+
+
+@app.command()
+def version(as_json: asking.Json = False) -> None:
+    """Print the version."""
+    if as_json:
+        terminal.write_json({"version": __version__})
+    else:
+        terminal.write(f"fieldmesh {__version__}\n")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code. Every error is one sentence on stderr (with --debug a
+    traceback)."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="fieldmesh")
+    except SystemExit as left:  # how typer ends: done, wrong usage, interrupted, or its reader gone
+        return left.code if isinstance(left.code, int) else terminal.OK
+    except FieldmeshError as error:
+        if terminal.VERBOSITY.debug:
+            raise
+        terminal.complain(f"{error.message} [{error.code}]")
+        if isinstance(error, NodeUnreachable):
+            terminal.say(
+                "Is a node running there? `fieldmesh up` starts some on this box, --node names another."
+            )
+        return terminal.exit_code(error)
+    except up.Terminated:
+        return terminal.TERMINATED
+    return terminal.OK

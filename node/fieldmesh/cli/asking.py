@@ -1,0 +1,254 @@
+"""`ask` and `chat`. Owns: questions in, answers out, and who served them."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from fieldmesh.cli import terminal
+from fieldmesh.core.errors import ConfigError, FieldmeshError, InvalidRequest, PromptTooLong
+from fieldmesh.core.model import Message
+
+if TYPE_CHECKING:
+    from fieldmesh.client import Client, Result, Stream
+
+DEFAULT_NODE: Final = "127.0.0.1:7420"
+QUESTION_BYTES_MAX: Final = 1_048_576
+
+Node = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--node",
+        metavar="HOST:PORT",
+        envvar="FIELDMESH_NODE",
+        help=f"Node to ask; again for others to fall back on. [default: {DEFAULT_NODE}]",
+        show_envvar=True,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Domain = Annotated[str | None, typer.Option(help="Wish: whose domain the question is of.")]
+Profile = Annotated[str | None, typer.Option(help="Demand: the profile that must answer.")]
+Model = Annotated[str | None, typer.Option(help="Demand: the model that must answer.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens of the answer at most.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the draws.")]
+Temperature = Annotated[float | None, typer.Option(help="0 (greedy) to 5.")]
+TimeoutS = Annotated[float | None, typer.Option(help="Seconds for the whole answer.")]
+
+
+def connect(node: list[str] | None) -> Client:
+    """A client for the nodes that were named, or the one on this box. Raises ConfigError."""
+    from fieldmesh.client import Client
+    from fieldmesh.config import CLIENT_PORT
+    from fieldmesh.values import address
+
+    named = [part for entry in node or [] for part in entry.split(",") if part]
+    return Client(
+        [address(part, default_port=CLIENT_PORT, field_name="--node") for part in named or [DEFAULT_NODE]]
+    )
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask; - reads it from stdin.")],
+    node: Node = None,
+    domain: Domain = None,
+    profile: Profile = None,
+    model: Model = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show who could have answered, and why.")
+    ] = False,
+    timeout_s: TimeoutS = None,
+    as_json: Json = False,
+) -> None:
+    """Ask one question. The answer goes to stdout as it comes, who served it to stderr."""
+    text = _from_stdin() if question == "-" else question
+    options = given(
+        domain=domain,
+        profile=profile,
+        model=model,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature,
+        explain=explain or None,
+        timeout_s=timeout_s,
+    )
+    with connect(node) as client, client.chat(text, **options) as stream:
+        if as_json:
+            terminal.write_json(result_json(stream.result()))
+        else:
+            stream_answer(stream)
+
+
+def given(**options: Any) -> Any:
+    """The options that were set."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _from_stdin() -> str:
+    data = sys.stdin.buffer.read(QUESTION_BYTES_MAX + 1)
+    if len(data) > QUESTION_BYTES_MAX:
+        raise InvalidRequest(
+            f"The question on stdin is larger than {QUESTION_BYTES_MAX} bytes.", field="prompt"
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("The question on stdin is not UTF-8 text.", field="prompt") from error
+
+
+def stream_answer(stream: Stream) -> Result:
+    """Write the answer as it comes, then who served it."""
+    ends_line = True
+    try:
+        for chunk in stream:
+            if chunk.text:
+                terminal.write(chunk.text)
+                ends_line = chunk.text.endswith("\n")
+    finally:
+        if not ends_line:
+            terminal.write("\n")
+    result = stream.result()
+    terminal.say(served_by(result))
+    if result.explanation is not None:
+        show_explanation(result)
+    return result
+
+
+def served_by(result: Result) -> str:
+    """One line that says who answered, and how fast."""
+    way = "" if result.served_by == result.entry_node else f", asked through {result.entry_node}"
+    why = f", domain {result.domain}" if result.domain else ""
+    fallback = " (a generalist: the domain's owners are not there)" if result.fallback else ""
+    failed = [attempt for attempt in result.attempts if attempt.reason != "served"]
+    retried = f" · {len(failed)} other tried first" if failed else ""
+    seconds = max(result.duration_s - result.ttft_s, 0.0)
+    speed = (result.completion_tokens - 1) / seconds if seconds > 0 and result.completion_tokens > 1 else 0.0
+    pace = f" at {speed:.0f}/s" if speed else ""
+    return (
+        f"served by {result.served_by} (profile {result.profile}{why}){fallback}{way}{retried} · "
+        f"{result.completion_tokens} tokens{pace}, first after {result.ttft_s:.2f} s"
+    )
+
+
+def show_explanation(result: Result) -> None:
+    """The candidates of the routing decision, best first, on stderr."""
+    explanation = result.explanation
+    assert explanation is not None
+    guess = (
+        f", classified as {explanation.classified_domain} ({explanation.classified_confidence:.0%})"
+        if explanation.classified_domain
+        else ""
+    )
+    shown = terminal.table(
+        "node", "profile", "score", "could answer", "why", title=f"policy {explanation.policy}{guess}"
+    )
+    for note in explanation.candidates:
+        score = f"{note.score:.3f}"
+        terminal.add_row(
+            shown, note.node_name, note.profile, score, "yes" if note.eligible else "no", note.reason
+        )
+    terminal.console(stderr=True).print(shown)
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """The result as `--json` prints it."""
+    from fieldmesh.client import as_json
+
+    made: dict[str, Any] = as_json(result)
+    if made["explanation"] is None:
+        del made["explanation"]
+    return made
+
+
+# --- chat --------------------------------------------------------------------------------
+
+HELP: Final = (
+    "/domain NAME · /profile NAME (empty: let the mesh choose) · /reset forgets the talk · /exit, Ctrl-D"
+)
+
+
+def chat(
+    node: Node = None,
+    domain: Domain = None,
+    profile: Profile = None,
+    model: Model = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+) -> None:
+    """Talk with the mesh. Ctrl-C stops an answer, Ctrl-D ends the talk."""
+    options = given(
+        domain=domain, profile=profile, model=model, max_tokens=max_tokens, seed=seed, temperature=temperature
+    )
+    with connect(node) as client:
+        client.nodes()  # says at once if nobody is there
+        talk(client, options)
+
+
+def talk(client: Client, options: dict[str, Any]) -> None:
+    """The conversation: lines from stdin until its end."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history for input)
+
+        terminal.say(f"Ask anything. {HELP}")
+    turns: list[Message] = []
+    while True:
+        try:
+            line = input("› " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise InvalidRequest("The line on stdin is not UTF-8 text.", field="prompt") from error
+        if line in ("/exit", "/quit"):
+            return
+        if line.startswith("/"):
+            _command(line, options, turns)
+        elif line:
+            turns.append(Message(role="user", content=line))
+            answer = _turn(client, turns, options)
+            if answer:
+                turns.append(Message(role="assistant", content=answer))
+            else:
+                turns.pop()
+
+
+def _command(line: str, options: dict[str, Any], turns: list[Message]) -> None:
+    name, _, value = line[1:].partition(" ")
+    match name:
+        case "domain" | "profile":
+            options.pop(name, None)
+            if value.strip():
+                options[name] = value.strip()
+            terminal.say(f"{name}: {options.get(name, 'up to the mesh')}")
+        case "reset":
+            turns.clear()
+            terminal.say("Forgotten.")
+        case _:
+            terminal.say(HELP)
+
+
+def _turn(client: Client, turns: list[Message], options: dict[str, Any]) -> str:
+    """Ask with the talk so far, forgetting its beginning when it has become too long; "" where that
+    failed."""
+    while True:
+        with client.chat(turns, **options) as stream:
+            try:
+                return stream_answer(stream).text
+            except KeyboardInterrupt:
+                terminal.say("stopped")
+                return stream.text
+            except PromptTooLong as error:
+                if len(turns) < 3:
+                    terminal.complain(error.message)
+                    return ""
+                del turns[:2]
+                terminal.say("The talk has outgrown the model's context: its beginning is forgotten.")
+            except ConfigError:
+                raise
+            except FieldmeshError as error:
+                terminal.complain(f"{error.message} [{error.code}]")
+                return ""

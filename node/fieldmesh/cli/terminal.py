@@ -1,0 +1,119 @@
+"""What reaches the terminal. Owns: data on stdout, messages on stderr, and one exit code for each kind of
+error.
+
+Must not: know a command.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from fieldmesh.core.errors import FieldmeshError, Status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+OK: Final = 0
+FAILURE: Final = 1
+USAGE: Final = 2
+UNAVAILABLE: Final = 3
+NOT_FOUND: Final = 4
+INTERRUPTED: Final = 130
+TERMINATED: Final = 143
+# A table that goes to a file or a pager is not folded to the width of a terminal that is not there.
+WIDTH_PIPED: Final = 240
+
+_EXIT_CODES: Final = {
+    Status.INVALID_ARGUMENT: USAGE,
+    Status.UNAVAILABLE: UNAVAILABLE,
+    Status.RESOURCE_EXHAUSTED: UNAVAILABLE,
+    Status.DEADLINE_EXCEEDED: UNAVAILABLE,
+    Status.NOT_FOUND: NOT_FOUND,
+}
+
+
+@dataclass(slots=True)
+class Verbosity:
+    """How much is said on stderr; set once by the options before the command."""
+
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+
+VERBOSITY = Verbosity()
+
+
+def exit_code(error: FieldmeshError) -> int:
+    """What the process returns for ``error``."""
+    return _EXIT_CODES.get(error.status, FAILURE)
+
+
+def say(text: str) -> None:
+    """A message for the person, unless --quiet."""
+    if not VERBOSITY.quiet:
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def detail(text: str) -> None:
+    """A message for the person who asked for more (--verbose)."""
+    if VERBOSITY.verbose:
+        say(text)
+
+
+def complain(text: str) -> None:
+    """What went wrong, always."""
+    print(f"fieldmesh: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def write(text: str) -> None:
+    """Data, at once. What a model or another node wrote must not steer a terminal: escapes are left out
+    there."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def write_json(value: Any) -> None:
+    """One JSON document."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters other than line ends and tabs."""
+    return "".join(char for char in text if char in "\n\t" or not _is_control(char))
+
+
+def _is_control(char: str) -> bool:
+    return char < " " or "\x7f" <= char <= "\x9f"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that takes text as it is: no markup, no guesses about numbers."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else WIDTH_PIPED
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def table(*columns: str, title: str = "") -> Table:
+    """An empty table in the house's style."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def add_row(to: Table, *cells: object) -> None:
+    """One row of plain text."""
+    from rich.text import Text
+
+    to.add_row(*(Text(printable(str(cell))) for cell in cells))
