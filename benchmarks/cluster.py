@@ -118,7 +118,7 @@ class Cluster:
         command = [
             *box.prefix, sys.executable, "-m", "fieldmesh", "serve",
             "--name", box.name, "--mesh", self.mesh, "--profile", box.profile,
-            "--client", box.client, "--peer", box.peer,
+            "--listen", box.client, "--peer-listen", box.peer,
             "--state-folder", str(box.folder), "--threads", str(self.threads),
             "--log-format", "json",
             *(() if self.mdns else ("--no-mdns", *(word for seed in seeds for word in ("--seed", seed)))),

@@ -1,0 +1,1 @@
+"""Programs that measure Fieldmesh and print a table, or JSON with ``--json``. Never run as tests."""

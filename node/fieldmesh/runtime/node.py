@@ -1,0 +1,413 @@
+"""The composition root: one node, put together, run until it is told to stop.
+
+Owns: the order in which parts start and end, the two listeners, and carrying news between parts that do not
+know each other (the engine's load to the mesh, the mesh's view to requests and health). Must not: decide.
+
+    state folder ─ identity ─ mesh core ─ driver ─ peer listener ┐
+    profile ─ engine process ─ local runs ─┐                     ├─ discovery
+                        router ─ service ──┴─ client listener ───┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from random import Random, SystemRandom
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from fieldmesh import __version__, profiles
+from fieldmesh.client.discovery import Announcement
+from fieldmesh.config import LimitsSlice, NodeConfig
+from fieldmesh.core.dispatch import DispatchConfig, Entry
+from fieldmesh.core.errors import AddressInUse, FieldmeshError
+from fieldmesh.core.joining import HintSource
+from fieldmesh.core.membership import MembershipConfig
+from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
+from fieldmesh.core.model import (
+    PROTOCOL_VERSION_MAX,
+    PROTOCOL_VERSION_MIN,
+    Address,
+    EngineState,
+    MeshView,
+    NodeState,
+)
+from fieldmesh.core.routing import Policy
+from fieldmesh.engine.cores import cpu_budget
+from fieldmesh.engine.gguf import read_header
+from fieldmesh.engine.host import EngineProcess
+from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.profiles import Profile
+from fieldmesh.rpc import wire
+from fieldmesh.rpc.inference import RequestLimits
+from fieldmesh.runtime import addresses, inference, log
+from fieldmesh.runtime.discovery import Multicast, Seeds, repeat_hints
+from fieldmesh.runtime.driver import Driver
+from fieldmesh.runtime.forwarding import Forwarder
+from fieldmesh.runtime.generation import GenerationConfig
+from fieldmesh.runtime.health import Health
+from fieldmesh.runtime.identity import Identity as Key
+from fieldmesh.runtime.links import LinksConfig, server_options
+from fieldmesh.runtime.local import Hosted, LocalRuns
+from fieldmesh.runtime.peers import Peers
+from fieldmesh.runtime.router import Router
+from fieldmesh.runtime.service import Service, ServiceConfig
+from fieldmesh.runtime.state import StateFolder
+from fieldmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc, peer_pb2_grpc
+
+CLIENT_CONNECTIONS_MAX = 4096
+SERVER_STOP_GRACE_S = 1.0
+ADDRESS_POLL_S = 1.0
+DRAIN_POLL_S = 0.05
+
+logger = log.get()
+
+
+async def serve(config: NodeConfig) -> None:
+    """Run one node until SIGTERM or SIGINT; a second one ends it without draining.
+
+    Raises FieldmeshError where it cannot start: ConfigError, ProfileInvalid, ModelFileInvalid,
+    StateFolderInUse, StateFolderInvalid, AddressInUse.
+    """
+    sink = log.set_up(config.log.format, config.log.level)
+    try:
+        stop, now = asyncio.Event(), asyncio.Event()
+
+        def told() -> None:
+            (now if stop.is_set() else stop).set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, told)
+        async with running(config) as node:
+            await stop.wait()
+            await node.drain(config.node.drain_timeout_s, now)
+    finally:
+        sink.close()
+
+
+@asynccontextmanager
+async def running(config: NodeConfig) -> AsyncIterator[Node]:
+    """A node that serves; leaving the context ends it. Raises as ``serve`` does."""
+    config.validate()
+    async with AsyncExitStack() as stack:
+        node = Node(config)
+        await node.open(stack)
+        yield node
+
+
+class Node:
+    """One running node."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self.profile: Profile = profiles.load(config.node.profile)
+        self.client_address = config.listen.client
+        self.peer_address = config.listen.peer
+        self._rng = Random(SystemRandom().getrandbits(64))
+        self._draining = False
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        """Start every part; ``stack`` ends them in the opposite order."""
+        config = self.config
+        self._engine = EngineProcess(engine_settings(config, self.profile))
+        folder = stack.enter_context(StateFolder.open(config.state_folder))
+        self.key = Key.load(folder)
+        links_config = LinksConfig(
+            message_bytes_max=config.limits.message_bytes_max, peers_max=config.limits.peers_max
+        )
+        self._driver = Driver(
+            self._mesh(folder), local=self.key.id, storage=folder, links_config=links_config
+        )
+        self._service = self._make_service()
+        self._health = Health((self.profile.name,))
+        limits = request_limits(config.limits)
+        client_server = self._client_server(limits)
+        peer_server = self._peer_server(limits, links_config)
+        self.client_address = _bind(client_server, config.listen.client, "listen.client")
+        self.peer_address = _bind(peer_server, config.listen.peer, "listen.peer")
+        self._announce_addresses()
+        await peer_server.start()
+        stack.push_async_callback(peer_server.stop, SERVER_STOP_GRACE_S)
+        stack.push_async_callback(self._driver.close)
+        self._driver.start()
+        await client_server.start()
+        stack.push_async_callback(client_server.stop, SERVER_STOP_GRACE_S)
+        stack.push_async_callback(self._service.close)
+        stack.push_async_callback(self._engine.close)
+        self._driver.observe(self._service.view_changed)
+        await stack.enter_async_context(self._background(folder))
+        logger.info(
+            "node_started",
+            name=config.node.name,
+            id=self.key.id,
+            mesh=config.node.mesh,
+            profile=self.profile.name,
+            client=str(self.client_address),
+            peer=str(self.peer_address),
+        )
+
+    @property
+    def view(self) -> MeshView:
+        """The mesh as this node sees it."""
+        return self._driver.view
+
+    async def drain(self, timeout_s: float, now: asyncio.Event) -> None:
+        """Take no new requests, and wait for those that run, at most ``timeout_s`` or until ``now``."""
+        logger.info("node_draining", running=self._engine.load().running, timeout_s=timeout_s)
+        self._draining = True
+        self._service.drain()
+        self._tell_load()
+        await self._health.update(self.view, draining=True)
+        over = asyncio.get_running_loop().time() + timeout_s
+        while self._busy and not now.is_set() and asyncio.get_running_loop().time() < over:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(now.wait(), DRAIN_POLL_S)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._service.running or self._engine.load().running)
+
+    # --- parts -----------------------------------------------------------------------------
+
+    def _mesh(self, folder: StateFolder) -> Mesh:
+        config = self.config
+        return Mesh(
+            config=MeshConfig(membership=MembershipConfig(peers_max=config.limits.peers_max)),
+            identity=Identity(
+                id=self.key.id,
+                name=config.node.name,
+                mesh=config.node.mesh,
+                addresses=(),
+                incarnation=folder.raise_incarnation(),
+                version=__version__,
+            ),
+            sealer=self.key,
+            codec=wire,
+            rng=self._rng,
+            snapshot=folder.read(SNAPSHOT_KEY),
+        )
+
+    def _make_service(self) -> Service:
+        config = self.config
+        router = Router(self.view, policy=Policy.parse(config.routing.policy), rng=self._rng)
+        hosted = Hosted(profile=self.profile, engine=self._engine)
+        return Service(
+            entry=Entry(node=self.key.id, name=config.node.name),
+            view=lambda: self._driver.view,
+            router=router,
+            local=LocalRuns({self.profile.name: hosted}),
+            forwarder=Forwarder(self._driver.links.tokens),
+            config=service_config(config),
+            rng=self._rng,
+        )
+
+    def _client_server(self, limits: RequestLimits) -> grpc.aio.Server:
+        message_bytes_max = self.config.limits.message_bytes_max
+        server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),  # a taken port is an error, not a share of the calls
+                ("grpc.max_allowed_incoming_connections", CLIENT_CONNECTIONS_MAX),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.max_receive_message_length", message_bytes_max),
+                ("grpc.max_send_message_length", message_bytes_max),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            )
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            inference.Inference(self._service, limits), server
+        )
+        mesh_pb2_grpc.add_MeshServiceServicer_to_server(
+            inference.Mesh(self._service, self.config.node.mesh), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        names = (*inference.SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        return server
+
+    def _peer_server(self, limits: RequestLimits, links_config: LinksConfig) -> grpc.aio.Server:
+        server = grpc.aio.server(options=server_options(links_config))
+        server.add_generic_rpc_handlers((self._driver.receiver.handler(),))
+        # Control, the method that Peers lacks, is the receiver's: handlers are asked in this order.
+        peers = Peers(self._service, limits)  # type: ignore[abstract]
+        peer_pb2_grpc.add_PeerServiceServicer_to_server(peers, server)
+        return server
+
+    # --- news between parts ------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _background(self, folder: StateFolder) -> AsyncIterator[None]:
+        """Everything that goes on beside requests; a part that fails ends the node, loudly."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._run_engine(), name="engine"),
+                group.create_task(self._follow_load(), name="load"),
+                group.create_task(self._follow_view(), name="view"),
+                group.create_task(self._discover(), name="discovery"),
+            ]
+            yield
+            for task in tasks:
+                task.cancel()
+
+    async def _run_engine(self) -> None:
+        """Load the model, then offer the profile to the mesh."""
+        try:
+            info = await self._engine.start()
+        except FieldmeshError as error:  # the node lives on: it passes questions to others
+            logger.error("engine_given_up", code=error.code, error=error.message)
+            return
+        self._service.local.hosted[self.profile.name].info = info
+        self._driver.handle(OfferChanged(profiles=(self.profile.offer(info.model, info.fingerprint),)))
+        self._tell_load()
+        logger.info(
+            "engine_ready",
+            model=info.model,
+            threads=info.threads,
+            slots=info.slots,
+            context_tokens=info.context_tokens,
+        )
+
+    async def _follow_load(self) -> None:
+        state = EngineState.LOADING
+        while True:
+            load = await self._engine.wait_load_changed()
+            if load.engine is not state:
+                state = load.engine
+                logger.info("engine_state", state=state.value, why=self._engine.last_loss)
+            self._tell_load()
+
+    def _tell_load(self) -> None:
+        load = self._engine.load()
+        if self._service.local.hosted[self.profile.name].info is None and load.engine is EngineState.READY:
+            return  # ready, but not offered yet
+        self._driver.load_changed(replace(load, draining=self._draining))
+
+    async def _follow_view(self) -> None:
+        view = self.view
+        while True:
+            await self._health.update(view, draining=self._draining)
+            view = await self._driver.wait_view_changed(view.revision)
+
+    # --- addresses and discovery ---------------------------------------------------------------
+
+    def _hosts(self, bound: Address) -> tuple[str, ...]:
+        """Hosts under which one of our listeners is reached, best first."""
+        if self.config.listen.advertise:
+            return (self.config.listen.advertise,)
+        peers = [
+            m.address.host for m in self.view.members if m.id != self.key.id and m.state is NodeState.ALIVE
+        ]
+        return addresses.hosts_to_announce(bound.host, peers)
+
+    def _announce_addresses(self) -> None:
+        peer_hosts, client_hosts = self._hosts(self.peer_address), self._hosts(self.client_address)
+        self._driver.handle(
+            OfferChanged(
+                addresses=tuple(Address(host=host, port=self.peer_address.port) for host in peer_hosts),
+                client_addresses=tuple(
+                    Address(host=host, port=self.client_address.port) for host in client_hosts
+                ),
+            )
+        )
+
+    async def _discover(self) -> None:
+        """Look for others, and follow our own addresses, until cancelled."""
+
+        def hint(address: Address, source: HintSource) -> None:
+            self._driver.handle(JoinHint(address=address, source=source))
+
+        multicast = Multicast(hint) if self.config.discovery.mdns else None
+        seeds = Seeds(self.config.discovery.seeds, hint)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(repeat_hints(multicast, seeds, self._alone))
+                async for hosts in addresses.watch(self._peer_hosts, ADDRESS_POLL_S):
+                    self._announce_addresses()
+                    if multicast is not None:
+                        interfaces = addresses.multicast_hosts(self.peer_address.host)
+                        await multicast.update(self._announcement(hosts), interfaces)
+        finally:
+            if multicast is not None:
+                await multicast.close()
+
+    def _peer_hosts(self) -> tuple[str, ...]:
+        return self._hosts(self.peer_address)
+
+    def _announcement(self, hosts: Sequence[str]) -> Announcement:
+        return Announcement(
+            id=self.key.id,
+            mesh=self.config.node.mesh,
+            protocol_min=PROTOCOL_VERSION_MIN,
+            protocol_max=PROTOCOL_VERSION_MAX,
+            hosts=tuple(hosts),
+            client_port=self.client_address.port,
+            peer_port=self.peer_address.port,
+        )
+
+    def _alone(self) -> bool:
+        return not any(m.state is NodeState.ALIVE for m in self.view.members if m.id != self.key.id)
+
+
+def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
+    """How the engine is set up for a profile. Raises ModelFileInvalid, ConfigError."""
+    path = profiles.model_path(profile, config.node.model)
+    header = read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
+    engine = config.engine
+    settings = EngineSettings(
+        model_path=str(path),
+        model_name=header.name or Path(path).stem,
+        context_tokens=engine.context_tokens or profile.context_tokens,
+        slots=engine.slots or profile.slots,
+        threads=engine.threads or cpu_budget(),
+        prefill_tokens=engine.batch_tokens,
+        mixed_tokens=engine.prefill_chunk_tokens,
+        queue_max=engine.queue_max,
+        chat_template=profile.chat_template,
+        system_prompt=profile.system_prompt,
+        stream_tokens_max=engine.slow_reader_chunks_max,
+        slow_reader_timeout_s=engine.slow_reader_timeout_s,
+        crashes_max=engine.restarts_max + 1,
+        crash_window_s=600.0,
+    )
+    settings.validate()
+    return settings
+
+
+def request_limits(limits: LimitsSlice) -> RequestLimits:
+    """What one request may hold."""
+    return RequestLimits(
+        prompt_bytes_max=limits.prompt_bytes_max,
+        prompt_tokens_max=limits.prompt_tokens_max,
+        messages_max=limits.messages_max,
+    )
+
+
+def service_config(config: NodeConfig) -> ServiceConfig:
+    """Bounds of the node's service."""
+    limits = config.limits
+    return ServiceConfig(
+        streams_max=limits.streams_max,
+        hops_max=limits.hops_max,
+        dispatch=DispatchConfig(attempts_max=limits.attempts_max, timeout_s=limits.request_timeout_s),
+        generations=GenerationConfig(entries_max=limits.request_log_entries_max, kept_s=limits.request_log_s),
+    )
+
+
+def _bind(server: grpc.aio.Server, address: Address, field: str) -> Address:
+    """Bind a listener; the port that it has. Raises AddressInUse."""
+    try:
+        port = server.add_insecure_port(str(address))
+    except RuntimeError as error:
+        raise AddressInUse(
+            f"{field} cannot listen on {address}: the port is taken, or the address is not this box's. Stop "
+            f"the other program, or choose another port with --{'peer-' if 'peer' in field else ''}listen.",
+            field=field,
+        ) from error
+    return Address(host=address.host, port=port)
