@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fieldmesh.core.errors import StateFolderInvalid
+from fieldmesh.core.errors import InvalidRequest, StateFolderInvalid
 from fieldmesh.core.messages import Envelope, Sealer
 from fieldmesh.runtime import identity
 from fieldmesh.runtime.identity import EnvelopeSealer, Identity, node_id, verify
@@ -135,7 +135,7 @@ def test_a_compressed_key_is_another_spelling_and_refused() -> None:
 
 def test_sizes_are_bounded_on_both_sides() -> None:
     small, large = EnvelopeSealer(ANNA, "row", 400), EnvelopeSealer(ANNA, "row", 800)
-    with pytest.raises(ValueError, match="at most 400"):
+    with pytest.raises(InvalidRequest, match="others accept 400"):
         small.seal(1, 1, b"x" * 400)
     assert small.open(large.seal(1, 1, b"x" * 400)) is None
 

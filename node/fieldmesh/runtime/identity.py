@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from google.protobuf.message import DecodeError
 
-from fieldmesh.core.errors import StateFolderInvalid, StateUnwritable
+from fieldmesh.core.errors import InvalidRequest, StateFolderInvalid, StateUnwritable
 from fieldmesh.core.messages import ROW_BYTES_MAX, Envelope
 from fieldmesh.core.model import NodeId
 from fieldmesh.runtime.state import StateFolder, write_durably
@@ -114,7 +114,7 @@ class EnvelopeSealer:
         self._verified: OrderedDict[bytes, None] = OrderedDict()
 
     def seal(self, incarnation: int, sequence: int, payload: bytes) -> bytes:
-        """An envelope by this node. Raises ValueError where nobody would open it for its size."""
+        """An envelope by this node. Raises InvalidRequest where nobody would open it for its size."""
         public_key = self._identity.public_key
         sealed = SignedEnvelope(
             public_key=public_key,
@@ -124,8 +124,10 @@ class EnvelopeSealer:
             signature=self._identity.sign(self._signed_bytes(public_key, incarnation, sequence, payload)),
         ).SerializeToString(deterministic=True)
         if len(sealed) > self._envelope_bytes_max:
-            raise ValueError(
-                f"an envelope of {len(sealed)} bytes; at most {self._envelope_bytes_max} are opened"
+            raise InvalidRequest(
+                f"what this node says of itself takes {len(sealed)} bytes signed, and others accept "
+                f"{self._envelope_bytes_max}: shorten its profiles, their domains or examples",
+                field="profiles",
             )
         return sealed
 

@@ -24,6 +24,7 @@ import grpc.aio
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, TooManyStreams
 from fieldmesh.core.model import Address, NodeId
 from fieldmesh.rpc.errors import error_metadata
+from fieldmesh.rpc.wire import CONTROL_BYTES_MAX
 
 CONTROL_METHOD = "/fieldmesh.v1.PeerService/Control"
 NODE_METADATA = "fieldmesh-node"
@@ -46,7 +47,7 @@ class LinksConfig:
     """
 
     message_bytes_max: int = 4 * 1024 * 1024
-    control_message_bytes_max: int = 512 * 1024
+    control_message_bytes_max: int = CONTROL_BYTES_MAX
     outgoing_messages_max: int = 256
     outgoing_bytes_max: int = 4 * 1024 * 1024
     peers_max: int = 1024
