@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +39,8 @@ FOREIGN = {
     "typer": ("cli/", "__main__"),
     "rich": ("cli/", "__main__"),
 }
+# What the base install does not bring.
+NODE_ONLY = ("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "numpy", "pycrdt", "structlog")
 # What the core must not touch: it performs no I/O, has no clock and draws no randomness of its own.
 CORE_BANNED = frozenset(
     {
@@ -211,6 +215,22 @@ def test_a_sleep_is_told_from_a_turn(source: str, sleeps: bool) -> None:
 def test_test_files_have_unique_names() -> None:
     names = Counter(path.name for path in _files(ROOT / "tests") if path.name.startswith("test_"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_client_and_command_line_start_without_what_only_a_node_installs() -> None:
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({NODE_ONLY!r}))\n"  # None there makes an import fail
+        "import fieldmesh.client\n"
+        "from fieldmesh.__main__ import main\n"
+        "sys.argv[1:] = ['--help']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "serve" in done.stdout
 
 
 # --- what is installed --------------------------------------------------------------------------------------
