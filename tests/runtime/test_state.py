@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fieldmesh.core.errors import StateFolderInUse, StateFolderInvalid, StateUnwritable
@@ -136,8 +136,9 @@ def test_a_folder_is_synced_after_the_rename(tmp_path: Path, monkeypatch: pytest
     assert synced == ["file", "rename", "folder"]
 
 
+@settings(max_examples=30)
 @given(cut=st.integers(0, 40), flipped=st.integers(0, 40))
-def test_a_damaged_value_reads_as_absent_and_is_named(
+def test_a_damaged_value_reads_as_absent(
     tmp_path_factory: pytest.TempPathFactory, cut: int, flipped: int
 ) -> None:
     path = tmp_path_factory.mktemp("state")
@@ -151,7 +152,6 @@ def test_a_damaged_value_reads_as_absent_and_is_named(
         file.write_bytes(damaged)
         intact = cut >= 40 and flipped >= 40
         assert folder.read("rows") == (b"12345678" if intact else None)
-        assert folder.damaged() == (() if intact else ("rows",))
 
 
 @pytest.mark.parametrize("key", ["", "A", "../x", "a/b", ".hidden", "x" * 65, "a.new", "a\0"])

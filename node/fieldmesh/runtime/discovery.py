@@ -61,19 +61,33 @@ class Multicast:
         self._known: dict[NodeId, tuple[Address, ...]] = {}
         self._foreign: set[NodeId] = set()
         self._ignored = 0
+        self._off_because = ""
+        self._lock = asyncio.Lock()
+        """Starting and stopping take a moment, and addresses may change while hints are repeated."""
         self._log = log.get()
 
     async def update(self, said: Announcement, interfaces: Sequence[str]) -> None:
         """Announce ``said`` on the interfaces that have the given IPv4 addresses, and nothing else."""
         if (said, tuple(interfaces)) == (self._said, self._interfaces) and self._zeroconf is not None:
             return
-        await self.close()
-        self._said, self._interfaces = said, tuple(interfaces)
-        able = [host for host in interfaces if _can_multicast(host)]
+        async with self._lock:
+            await self._stop()
+            self._said, self._interfaces = said, tuple(interfaces)
+            await self._start(said)
+
+    async def repeat(self) -> None:
+        """Give every hint that is known again, and try again to multicast where that has failed."""
+        async with self._lock:
+            if self._zeroconf is None and self._said is not None:
+                await self._start(self._said)
+        for addresses in list(self._known.values()):
+            for address in addresses:
+                self._on_hint(address, HintSource.MDNS)
+
+    async def _start(self, said: Announcement) -> None:
+        able = [host for host in self._interfaces if _can_multicast(host)]
         if not said.hosts or not able:
-            self._log.warning(
-                "mdns_off", why="no interface can multicast; seeds are still tried", interfaces=interfaces
-            )
+            self._off("no interface can multicast")
             return
         try:
             self._zeroconf = AsyncZeroconf(interfaces=able)
@@ -81,13 +95,26 @@ class Multicast:
             await self._zeroconf.async_register_service(to_service(said), cooperating_responders=True)
             self._listener = Listener(self._zeroconf.zeroconf, self._found, self._gone)
         except (OSError, ZeroconfError) as error:
-            self._log.warning("mdns_off", why=f"{type(error).__name__}: {error}"[:200], interfaces=interfaces)
-            await self.close()
+            await self._stop()
+            self._off(f"{type(error).__name__}: {error}"[:200])
             return
+        self._off_because = ""
         self._log.info("mdns_on", hosts=said.hosts, interfaces=able)
+
+    def _off(self, why: str) -> None:
+        if why != self._off_because:
+            self._off_because = why
+            self._log.warning(
+                "mdns_off", why=why, interfaces=self._interfaces, remedy="seeds are still tried"
+            )
 
     async def close(self) -> None:
         """Say goodbye, so that others forget the announcement at once. Harmless when repeated."""
+        async with self._lock:
+            self._said = None
+            await self._stop()
+
+    async def _stop(self) -> None:
         listener, self._listener = self._listener, None
         zeroconf, self._zeroconf = self._zeroconf, None
         if listener is not None:
@@ -98,12 +125,6 @@ class Multicast:
                 await zeroconf.async_close()
             except (OSError, ZeroconfError) as error:  # the network went before us
                 self._log.info("mdns_goodbye_failed", why=str(error)[:200])
-
-    def repeat(self) -> None:
-        """Give every hint that is known again."""
-        for addresses in list(self._known.values()):
-            for address in addresses:
-                self._on_hint(address, HintSource.MDNS)
 
     def statistics(self) -> DiscoveryStatistics:
         listening = self._listener
@@ -200,6 +221,6 @@ async def repeat_hints(multicast: Multicast | None, seeds: Seeds, alone: Callabl
     while True:
         await seeds.give()
         if multicast is not None:
-            multicast.repeat()
+            await multicast.repeat()
         await asyncio.sleep(wait_s)
         wait_s = min(wait_s * 2, REPEAT_ALONE_S) if alone() else REPEAT_S

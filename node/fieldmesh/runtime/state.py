@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Self
 
 from fieldmesh.core.errors import StateFolderInUse, StateFolderInvalid, StateUnwritable
+from fieldmesh.runtime import log
 
 FORMAT_VERSION = 1
 VALUE_BYTES_MAX = 8 * 1024 * 1024
@@ -89,8 +90,20 @@ class StateFolder:
         self.close()
 
     def read(self, key: str) -> bytes | None:
-        """The value last made durable under ``key``; None where there is none or its checksum is wrong."""
-        value, _ = self._read(key)
+        """The value last made durable under ``key``; None where there is none, or it is damaged (logged)."""
+        file = self._file(key)
+        try:
+            with file.open("rb") as opened:
+                content = opened.read(_CHECKSUM_BYTES + VALUE_BYTES_MAX + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.get().warning("state_value_unreadable", key=key, why=error.strerror)
+            return None
+        checksum, value = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+        if len(value) > VALUE_BYTES_MAX or hashlib.sha256(value).digest() != checksum:
+            log.get().warning("state_value_damaged", key=key, bytes=len(content))
+            return None
         return value
 
     def write(self, key: str, value: bytes) -> None:
@@ -115,33 +128,14 @@ class StateFolder:
         ``clock_s`` gives seconds since 1970. Raises StateUnwritable: a node must not start with an
         incarnation that the next start might use again.
         """
-        stored, _ = self._read(INCARNATION_KEY)
-        incarnation = max(_parse_incarnation(stored) + 1, int(clock_s()))
+        incarnation = max(_parse_incarnation(self.read(INCARNATION_KEY)) + 1, int(clock_s()))
         self.write(INCARNATION_KEY, str(incarnation).encode())
         return incarnation
-
-    def damaged(self) -> tuple[str, ...]:
-        """Keys whose file exists and fails its checksum; they read as absent."""
-        names = sorted(entry.name for entry in self._values.iterdir() if _KEY.fullmatch(entry.name))
-        return tuple(name for name in names if self._read(name) == (None, True))
 
     def _file(self, key: str) -> Path:
         if not _KEY.fullmatch(key) or key.endswith(_TEMPORARY_SUFFIX):
             raise ValueError(f"{key!r} is no key: 1 to 64 characters of [a-z0-9._-], not ending in .new")
         return self._values / key
-
-    def _read(self, key: str) -> tuple[bytes | None, bool]:
-        """The value, and whether a file is there."""
-        try:
-            with self._file(key).open("rb") as file:
-                content = file.read(_CHECKSUM_BYTES + VALUE_BYTES_MAX + 1)
-        except FileNotFoundError:
-            return None, False
-        except OSError:
-            return None, True
-        checksum, value = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
-        intact = len(value) <= VALUE_BYTES_MAX and hashlib.sha256(value).digest() == checksum
-        return (value if intact else None), True
 
 
 def write_durably(target: Path, content: bytes) -> None:
