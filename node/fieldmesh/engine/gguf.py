@@ -136,6 +136,8 @@ def _read(reader: _Reader, path: str, size: int) -> GgufHeader:
     tensors, count = reader.number("Q"), reader.number("Q")
     if tensors > TENSORS_MAX or count > KEYS_MAX:
         raise ValueError(f"{tensors} tensors and {count} keys")
+    if not tensors:
+        raise _invalid(path, "holds no model (no tensors); give a model in GGUF format")
     keys: dict[str, str | int | float | bool] = {}
     for _ in range(count):
         key = reader.string()
@@ -151,8 +153,8 @@ def _read(reader: _Reader, path: str, size: int) -> GgufHeader:
             path,
             f"has {size} bytes, but its tensors end at {needed}; fetch it again, the download is incomplete",
         )
-    if not tensors or "general.architecture" not in keys:
-        raise _invalid(path, "holds no model (no tensors or no architecture); give a model in GGUF format")
+    if "general.architecture" not in keys:
+        raise _invalid(path, "holds no model (it names no architecture); give a model in GGUF format")
     return GgufHeader(version=version, tensors=tensors, file_bytes=size, keys=keys)
 
 

@@ -38,7 +38,7 @@ from fieldmesh.engine.settings import EngineSettings
 
 STDERR_BYTES_MAX = 4096
 WATCHDOG_TICKS = 4
-"""A process is stuck when it said nothing for this many pings. Ticks, not time: a host that was itself
+"""Pings within ``watchdog_s``. Silence is counted in ticks, not read from a clock: a host that was itself
 frozen counts one tick, however long it slept."""
 
 
@@ -168,18 +168,18 @@ class EngineProcess(EngineFront):
 
     async def _kill_when_stuck(self, process: asyncio.subprocess.Process) -> None:
         """Ping; kill a process that says nothing. Loading has its own, longer, limit."""
-        seen, silent = -1, 0
+        settings, seen, silent_s = self.settings, -1, 0.0
+        tick_s = settings.watchdog_s / WATCHDOG_TICKS
         while True:
-            limit_s = (
-                self.settings.watchdog_s if self.state is EngineState.READY else self.settings.load_timeout_s
-            )
-            await asyncio.sleep(limit_s / WATCHDOG_TICKS)
-            silent = 0 if self._frames != seen else silent + 1
+            await asyncio.sleep(tick_s)
+            silent_s = 0.0 if self._frames != seen else silent_s + tick_s
             seen = self._frames
-            if silent >= WATCHDOG_TICKS:
+            ready = self.state is EngineState.READY
+            if silent_s >= (settings.watchdog_s if ready else settings.load_timeout_s):
                 process.kill()
                 return
-            self._send(Ping())
+            if ready:
+                self._send(Ping())
 
     def _take(self, report: Report) -> None:
         super()._take(report)
