@@ -204,6 +204,6 @@ def free_port() -> int:
 def tail(path: Path, lines: int) -> list[str]:
     """The last lines of a file."""
     try:
-        return path.read_text(errors="replace").splitlines()[-lines:]
+        return [line[:400] for line in path.read_text(errors="replace").splitlines()[-lines:]]
     except OSError:
         return []

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 import grpc
 
 from fieldmesh.core.errors import FieldmeshError, NodeUnreachable
-from fieldmesh.core.model import Address, Ask, Chunk, Member, NodeId, Prompt, RequestId, Result
+from fieldmesh.core.model import Address, Ask, Chunk, Completion, Member, NodeId, Prompt, RequestId, Result
 from fieldmesh.core.routing import Candidate
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
@@ -40,7 +40,7 @@ class Forwarder:
         path: tuple[NodeId, ...],
         hops_left: int,
         deadline_s: float,
-    ) -> AsyncGenerator[Started | Chunk | Result, None]:
+    ) -> AsyncGenerator[Started | Chunk | Completion | Result, None]:
         """Run ``ask`` at the candidate. Closing the generator cancels the run there.
 
         Raises what that node ended it with, and NodeUnreachable.
@@ -65,7 +65,9 @@ class Forwarder:
                     case "chunk":
                         yield wire.chunk_from_proto(response.chunk)
                     case "complete":
-                        yield wire.result_from_proto(response.complete)
+                        result = wire.result_from_proto(response.complete)
+                        # Attempts of its own are what a node tells that passed the request on further.
+                        yield result if result.attempts else result.completion
                     case _:
                         continue  # a newer peer may say more than we understand
         except grpc.aio.AioRpcError as error:

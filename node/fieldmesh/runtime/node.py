@@ -52,6 +52,7 @@ from fieldmesh.runtime.driver import Driver
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import GenerationConfig
 from fieldmesh.runtime.health import Health
+from fieldmesh.runtime.identity import EnvelopeSealer
 from fieldmesh.runtime.identity import Identity as Key
 from fieldmesh.runtime.links import LinksConfig, server_options
 from fieldmesh.runtime.local import Hosted, LocalRuns
@@ -59,7 +60,7 @@ from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
 from fieldmesh.runtime.state import StateFolder
-from fieldmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc, peer_pb2_grpc
+from fieldmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
 
 CLIENT_CONNECTIONS_MAX = 4096
 SERVER_STOP_GRACE_S = 1.0
@@ -188,7 +189,7 @@ class Node:
                 incarnation=folder.raise_incarnation(),
                 version=__version__,
             ),
-            sealer=self.key,
+            sealer=EnvelopeSealer(self.key, "row"),
             codec=wire,
             rng=self._rng,
             snapshot=folder.read(SNAPSHOT_KEY),
@@ -234,10 +235,9 @@ class Node:
 
     def _peer_server(self, limits: RequestLimits, links_config: LinksConfig) -> grpc.aio.Server:
         server = grpc.aio.server(options=server_options(links_config))
-        server.add_generic_rpc_handlers((self._driver.receiver.handler(),))
-        # Control, the method that Peers lacks, is the receiver's: handlers are asked in this order.
-        peers = Peers(self._service, limits)  # type: ignore[abstract]
-        peer_pb2_grpc.add_PeerServiceServicer_to_server(peers, server)
+        server.add_generic_rpc_handlers(
+            (self._driver.receiver.handler(), Peers(self._service, limits).handler())
+        )
         return server
 
     # --- news between parts ------------------------------------------------------------------

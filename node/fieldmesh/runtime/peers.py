@@ -7,23 +7,51 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
+import grpc
+
 from fieldmesh.core.errors import HopLimit, InvalidRequest, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
 from fieldmesh.runtime.door import Context, guarded, guarded_stream
 from fieldmesh.runtime.service import Service
-from fieldmesh.v1 import inference_pb2, peer_pb2, peer_pb2_grpc
+from fieldmesh.v1 import inference_pb2, peer_pb2
 
 PATH_NODES_MAX = 16
 
 
-class Peers(peer_pb2_grpc.PeerServiceServicer):
-    """What this node does for its peers."""
+SERVICE = peer_pb2.DESCRIPTOR.services_by_name["PeerService"].full_name
+
+
+class Peers:
+    """The requests of ``PeerService``; Control is ``links.Receiver``'s, which keeps bytes as bytes."""
 
     def __init__(self, service: Service, limits: wire.RequestLimits) -> None:
         self._service = service
         self._limits = limits
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What the peer's server is given beside the receiver's handler."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Forward": grpc.unary_stream_rpc_method_handler(
+                    self.Forward,
+                    peer_pb2.ForwardRequest.FromString,
+                    peer_pb2.ForwardResponse.SerializeToString,
+                ),
+                "AbortForwarded": grpc.unary_unary_rpc_method_handler(
+                    self.AbortForwarded,
+                    peer_pb2.AbortForwardedRequest.FromString,
+                    peer_pb2.AbortForwardedResponse.SerializeToString,
+                ),
+                "TokenizeForwarded": grpc.unary_unary_rpc_method_handler(
+                    self.TokenizeForwarded,
+                    peer_pb2.TokenizeForwardedRequest.FromString,
+                    peer_pb2.TokenizeForwardedResponse.SerializeToString,
+                ),
+            },
+        )
 
     @guarded_stream
     async def Forward(

@@ -18,6 +18,7 @@ from fieldmesh.runtime import log
 
 BYTES_PER_TOKEN = 4
 MAX_TOKENS_PRIOR = 256
+TRAINING_WAIT_S = 2.0
 
 logger = log.get()
 
@@ -84,10 +85,11 @@ class Router:
         """The request of this key is with nobody now."""
         self._traffic.end(key)
 
-    async def trained(self) -> None:
-        """Return when no training is under way."""
-        while self._training is not None:
-            await asyncio.wait((self._training,))
+    async def settled(self, need: Need) -> None:
+        """Return when this need can be decided well: a question that only its words describe waits for the
+        classifier to know every domain, for a moment at most."""
+        if self._training is not None and need.text and not (need.profile or need.model or need.domain):
+            await asyncio.wait((self._training,), timeout=TRAINING_WAIT_S)
 
     async def close(self) -> None:
         """End the training that is under way."""

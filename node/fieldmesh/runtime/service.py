@@ -20,7 +20,7 @@ from fieldmesh.core.routing import Need
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.local import LocalRuns
-from fieldmesh.runtime.router import Router
+from fieldmesh.runtime.router import Router, need_of
 
 ABORT_TIMEOUT_S = 2.0
 
@@ -93,6 +93,9 @@ class Service:
             generation = self._generations.find(ask)
             if generation is None:
                 hops = self._config.hops_max if hops_left is None else hops_left
+                await self.router.settled(need_of(ask))
+                generation = self._generations.find(ask)  # a repeat may have come while we waited
+            if generation is None:
                 generation = self._open(ask, deadline_s, path, hops)
             async with aclosing(generation.read()) as items:
                 async for item in items:
@@ -114,7 +117,7 @@ class Service:
             dispatch_config=self._config.dispatch,
             lag_tokens_max=self._config.generations.lag_tokens_max,
             deadline_s=deadline_s,
-            path=(*path, self.entry.node),
+            path=path,
             hops_left=hops_left,
             rng=self._rng,
         )
@@ -137,7 +140,7 @@ class Service:
             candidate,
             generation_id=generation.generation_id,
             epoch=start.epoch,
-            path=generation.path,
+            path=(*generation.path, self.entry.node),
             hops_left=generation.hops_left - 1,
             deadline_s=generation.deadline_left_s(),
         )
