@@ -54,7 +54,7 @@ check: dev ## format, lint, strict types, imports, stubs, protocol, containers
 
 .PHONY: $(CHECKS)
 check-format:
-	@echo "  · format" && $(BIN)/ruff format --quiet --check --diff .
+	@echo "  · format" && $(BIN)/ruff format --quiet --check .
 check-lint:
 	@echo "  · lint" && $(BIN)/ruff check --quiet .
 check-types:
@@ -76,12 +76,12 @@ check-containers:
 format: dev ## puts the code into the one format
 	@$(BIN)/ruff check --quiet --fix-only . && $(BIN)/ruff format .
 
-protoc = $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out=$(1) \
+protoc = PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --grpc_python_out=$(1) \
 	--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/fieldmesh/v1/*.proto
 
 .PHONY: proto
 proto: dev ## regenerates the stubs from proto/
-	@PATH="$(BIN):$$PATH" && $(call protoc,node)
+	@$(call protoc,node)
 
 SCENARIO ?=
 SEED ?= 1
