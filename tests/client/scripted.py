@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import (
@@ -165,9 +166,16 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         add_InferenceServiceServicer_to_server(self, self.server)
         add_MeshServiceServicer_to_server(self, self.server)
+        self.health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        await self.tell_health("", serves=True)
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self.server.start()
         return self
+
+    async def tell_health(self, service: str, *, serves: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        await self.health.set(service, status.SERVING if serves else status.NOT_SERVING)
 
     async def die(self) -> None:
         await self.server.stop(None)

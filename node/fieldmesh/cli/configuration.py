@@ -18,9 +18,7 @@ def group() -> None:
 
 @app.command()
 def check(config: ConfigFile = None, as_json: Json = False) -> None:
-    """Check the configuration; print every value and where it comes from (with -v: what it is, and its
-    variable).
-    """
+    """Check the configuration; print every value and where it comes from (-v: and what it is for)."""
     from fieldmesh.config import load, options
 
     loaded = load(file=config)

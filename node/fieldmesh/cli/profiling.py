@@ -82,10 +82,12 @@ def new(
         str, typer.Option(help="The domain in a sentence; it teaches the classifier.")
     ] = "",
     system_prompt: Annotated[str, typer.Option(help="What the model is told before each conversation.")] = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="[default: NAME.toml here]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="[default: your folder of profiles]")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write a profile for your own model and domain, and say which others it would be confused with."""
+    """Write a profile for your own model and domain; it is then found by its name."""
     from fieldmesh import profiles
 
     profile = profiles.new(
@@ -96,10 +98,11 @@ def new(
         description=description,
         system_prompt=system_prompt,
     )
-    path = output or Path(f"{profile.name}.toml")
+    path = output or profiles.user_folder() / f"{profile.name}.toml"
     profiles.write(profile, path, replace=replace)
     terminal.write(f"{path}\n")
-    terminal.say(f"Try it: fieldmesh profiles check {path}; fieldmesh serve --profile {path}")
+    which = str(output) if output else profile.name
+    terminal.say(f"Next: fieldmesh profiles check {which}, then fieldmesh serve --profile {which}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fieldmesh.profile_format import Profile
 
 PROFILES: Final = ("general", "code", "health")
+SERVE: Final = (sys.executable, "-m", "fieldmesh", "serve")
 NODES_MAX: Final = 32
 FIRST_PORT: Final = 7420
 WATCH_INTERVAL_S: Final = 0.2
@@ -69,8 +70,7 @@ def up(
     for profile in found:
         model_path(profile, loaded.config.node.model)
     plans = _plans(chosen, found, loaded.config, first_port, mesh or "local")
-    command = [sys.executable, "-m", "fieldmesh", "serve"]
-    command += ["--threads", str(loaded.config.engine.threads or _share_of_cores(len(chosen)))]
+    command = [*SERVE, "--threads", str(loaded.config.engine.threads or _share_of_cores(len(chosen)))]
     command += ["--mesh", plans[0].state_folder.parent.name, "--drain-timeout-s", "2"]
     command += ["--config", str(loaded.file)] if loaded.file else []
     began = time.monotonic()

@@ -1,0 +1,474 @@
+"""Commands against a scripted node: what goes to stdout, what to stderr, and the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fieldmesh import __version__
+from fieldmesh.cli import profiling, serving
+from fieldmesh.cli.terminal import printable
+from fieldmesh.config import NodeConfig
+from fieldmesh.core.errors import (
+    Draining,
+    FieldmeshError,
+    HopLimit,
+    InvalidRequest,
+    ModelNotFound,
+    PromptTooLong,
+    QueueFull,
+)
+from fieldmesh.profile_checks import Confusion, Misrouted
+from tests.cli.conftest import Commands
+from tests.client.scripted import ScriptedNode, answers, hangs, refuses
+
+ASK_KEYS = [
+    "text",
+    "model",
+    "profile",
+    "domain",
+    "fallback",
+    "entry_node",
+    "served_by",
+    "attempts",
+    "hops",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "ttft_s",
+    "duration_s",
+    "finish_reason",
+]
+STATUS_KEYS = [
+    "id",
+    "name",
+    "address",
+    "state",
+    "profile",
+    "domains",
+    "models",
+    "tier",
+    "load",
+    "incarnation",
+]
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+# --- ask ---------------------------------------------------------------------------------
+
+
+def test_an_answer_goes_to_stdout_and_who_served_it_to_stderr(cli: Commands, node: ScriptedNode) -> None:
+    node.script.append(answers("one ", "two"))
+    assert cli("ask", "--node", str(node.address), "hello") == 0
+    assert cli.out == "one two\n"
+    assert cli.err.startswith("served by alpha (profile general)")
+    assert len(cli.err.splitlines()) == 1
+
+
+def test_quiet_leaves_only_the_answer(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("-q", "ask", "--node", str(node.address), "hello") == 0
+    assert (cli.out, cli.err) == ("alpha\n", "")
+
+
+def test_json_is_one_object_with_all_that_is_known(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("ask", "--node", str(node.address), "--domain", "code", "--json", "hello") == 0
+    result = json.loads(cli.out)
+    assert [key for key in result if key in ASK_KEYS] == ASK_KEYS
+    assert (result["text"], result["served_by"], result["entry_node"]) == ("alpha", "alpha", "alpha")
+    assert (result["domain"], result["fallback"], result["finish_reason"]) == ("code", True, "stop")
+    assert result["attempts"][0]["reason"] == "served"
+    assert "explanation" not in result
+
+
+def test_options_reach_the_node(cli: Commands, node: ScriptedNode) -> None:
+    options = [
+        "--profile",
+        "p",
+        "--model",
+        "m",
+        "--max-tokens",
+        "5",
+        "--seed",
+        "7",
+        "--temperature",
+        "0",
+        "--timeout-s",
+        "9",
+    ]
+    assert cli("ask", "--node", str(node.address), *options, "hello") == 0
+    (sent,) = node.requests
+    assert (sent.target.profile, sent.target.model, sent.messages[0].content) == ("p", "m", "hello")
+    params = sent.sampling_params
+    assert (params.max_tokens, params.seed, params.temperature) == (5, 7, 0.0)
+    assert params.HasField("temperature")
+    assert not params.HasField("top_k")
+
+
+def test_a_dash_reads_the_question_from_stdin(
+    cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin(monkeypatch, "Grüße\nzwei".encode())
+    assert cli("ask", "--node", str(node.address), "-") == 0
+    assert node.requests[0].messages[0].content == "Grüße\nzwei"
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"x" * 1_048_577, b""])
+def test_a_question_on_stdin_that_is_none_is_refused(
+    cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    node.script.append(refuses(InvalidRequest("messages hold no text")))
+    stdin(monkeypatch, data)
+    assert cli("ask", "--node", str(node.address), "-") == 2
+    assert "Traceback" not in cli.err
+
+
+def test_explain_shows_the_candidates(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("ask", "--node", str(node.address), "--explain", "hello") == 0
+    assert "expected-time" in cli.err
+    assert "here" in cli.err
+    assert cli("ask", "--node", str(node.address), "--explain", "--json", "hello") == 0
+    assert json.loads(cli.out)["explanation"]["candidates"][0]["node_name"] == "alpha"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidRequest("bad"), 2),
+        (QueueFull("full", retry_after_s=60.0), 3),
+        (ModelNotFound("none"), 4),
+        (HopLimit("far"), 1),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(
+    cli: Commands, node: ScriptedNode, error: FieldmeshError, code: int
+) -> None:
+    node.script.append(refuses(error))
+    assert cli("ask", "--node", str(node.address), "hello") == code
+    assert cli.out == ""
+    assert cli.err == f"fieldmesh: {error.message} [{error.code}]\n"
+
+
+def test_a_stream_that_breaks_ends_its_line_and_says_so(cli: Commands, node: ScriptedNode) -> None:
+    node.script.append(refuses(Draining("leaving"), after=("half",)))
+    assert cli("ask", "--node", str(node.address), "hello") == 3
+    assert cli.out == "half\n"
+    assert "broke after 1 tokens" in cli.err
+
+
+def test_debug_lets_the_traceback_through(cli: Commands, node: ScriptedNode) -> None:
+    node.script.append(refuses(ModelNotFound("none")))
+    with pytest.raises(ModelNotFound):
+        cli("--debug", "ask", "--node", str(node.address), "hello")
+
+
+def test_nobody_there_is_a_sentence_that_says_what_to_do(cli: Commands) -> None:
+    assert cli("ask", "--node", "127.0.0.1:1", "hello") == 3
+    assert "127.0.0.1:1 cannot be reached" in cli.err
+    assert "fieldmesh up" in cli.err
+
+
+def test_the_node_comes_from_the_environment_too(
+    cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIELDMESH_NODE", f"127.0.0.1:1,{node.address}")
+    assert cli("ask", "hello") == 0
+
+
+def test_a_node_that_is_no_address_is_refused_by_the_options_name(cli: Commands) -> None:
+    assert cli("ask", "--node", "a:b:c", "hello") == 2
+    assert "--node is 'a:b:c'" in cli.err
+
+
+@pytest.mark.parametrize(
+    "line", [[], ["ask"], ["ask", "--max-tokens", "many", "x"], ["nonsense"], ["ask", "--no"]]
+)
+def test_wrong_usage_exits_2(cli: Commands, line: list[str]) -> None:
+    assert cli(*line) == 2
+    assert "Traceback" not in cli.err
+
+
+def test_what_a_model_says_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[31mb\x07\r\n\tc\x9b\u200bü") == "a[31mb\n\tc\u200bü"
+
+
+# --- chat --------------------------------------------------------------------------------
+
+
+def test_a_talk_carries_its_turns(cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin(monkeypatch, b"first\n/domain code\n\nsecond\n/reset\n/domain\nthird\n/exit\nnever\n")
+    assert cli("chat", "--node", str(node.address)) == 0
+    said = [[(turn.role, turn.content) for turn in request.messages] for request in node.requests]
+    assert said == [
+        [("user", "first")],
+        [("user", "first"), ("assistant", "alpha"), ("user", "second")],
+        [("user", "third")],
+    ]
+    assert [request.target.domain for request in node.requests] == ["", "code", ""]
+    assert cli.out == "alpha\nalpha\nalpha\n"
+
+
+def test_a_talk_that_grew_too_long_forgets_its_beginning(
+    cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.script += [answers("a"), refuses(PromptTooLong("too long")), answers("b")]
+    stdin(monkeypatch, b"first\nsecond\n")
+    assert cli("chat", "--node", str(node.address)) == 0
+    assert [turn.content for turn in node.requests[-1].messages] == ["second"]
+
+
+def test_an_error_does_not_end_a_talk(
+    cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.script += [refuses(ModelNotFound("none")), answers("b")]
+    stdin(monkeypatch, b"first\nsecond\n")
+    assert cli("chat", "--node", str(node.address)) == 0
+    assert [turn.content for turn in node.requests[-1].messages] == ["second"]
+    assert "none [MODEL_NOT_FOUND]" in cli.err
+
+
+# --- status and health -------------------------------------------------------------------
+
+
+def test_status_shows_the_mesh(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("status", "--node", str(node.address)) == 0
+    assert "mesh test: 1 of 1 nodes alive" in cli.out
+    assert "alpha *" in cli.out
+    assert str(node.address) in cli.out
+
+
+def test_status_as_json_has_what_scripts_need(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("status", "--node", str(node.address), "--json") == 0
+    mesh = json.loads(cli.out)
+    assert (mesh["mesh"], mesh["local_id"]) == ("test", node.id)
+    (entry,) = mesh["nodes"]
+    assert [key for key in entry if key in STATUS_KEYS] == STATUS_KEYS
+    assert (entry["state"], entry["profile"], entry["domains"], entry["models"]) == (
+        "alive",
+        "code",
+        ["code"],
+        ["tiny"],
+    )
+    assert (entry["tier"], entry["incarnation"], entry["address"]) == (2, 3, str(node.address))
+    assert (entry["load"]["engine"], entry["load"]["queued"]) == ("ready", 2)
+
+
+def test_health_tells_by_its_exit_code(cli: Commands, node: ScriptedNode, loop: Callable[[Any], Any]) -> None:
+    assert cli("health", "--node", str(node.address)) == 0
+    assert cli.out == "SERVING\n"
+    assert cli("health", "--node", str(node.address), "--profile", "code") == 3
+    loop(node.tell_health("fieldmesh.v1.InferenceService/code", serves=True))
+    assert cli("health", "--node", str(node.address), "--profile", "code", "--json") == 0
+    assert json.loads(cli.out)["serving"] is True
+    loop(node.tell_health("", serves=False))
+    assert cli("health", "--node", str(node.address)) == 3
+    assert cli.out == "NOT_SERVING\n"
+    assert cli("health", "--node", "127.0.0.1:1") == 3
+
+
+# --- profiles and configuration ----------------------------------------------------------
+
+
+def test_shipped_profiles_are_listed_and_shown(cli: Commands) -> None:
+    assert cli("profiles", "list", "--json") == 0
+    assert {"code", "general", "health"} <= {entry["profile"]["name"] for entry in json.loads(cli.out)}
+    assert cli("profiles", "list") == 0
+    assert cli("profiles", "show", "code") == 0
+    shown = cli.out
+    assert cli("profiles", "show", "code", "--json") == 0
+    assert f'name = "{json.loads(cli.out)["name"]}"' in shown
+    assert cli("profiles", "show", "cod") == 2
+    assert "Did you mean code?" in cli.err
+
+
+def test_an_own_profile_is_written_checked_and_tried(cli: Commands, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(f"How much water does maize need in week {n}?" for n in range(8)))
+    new = ("profiles", "new", "--gguf", "builtin", "--domain", "crops", "--examples", str(questions))
+    assert cli(*new) == 0
+    assert Path(cli.out.strip()).name == "crops.toml"
+    assert cli(*new) == 2
+    assert "exists already" in cli.err
+    assert cli(*new, "--replace") == 0
+    assert cli("profiles", "check", "crops", "--json") == 0
+    verdict = json.loads(cli.out)
+    assert verdict["examples"] >= 8
+    assert {entry["profile"] for entry in verdict["misrouted"]} <= {"crops"}
+    assert cli("profiles", "try", "--json", "How much water does maize need?") == 0
+    assert json.loads(cli.out)["profiles"] == ["crops"]
+    elsewhere = tmp_path / "else.toml"
+    assert cli(*new, "--name", "fields", "--output", str(elsewhere)) == 0
+    assert cli("profiles", "try", "--with", str(elsewhere), "--json", "How much water does maize need?") == 0
+    assert json.loads(cli.out)["profiles"] == ["fields", "crops"]
+    assert cli("profiles", "try", "Write a Python function") == 0
+    assert cli.out.startswith("code (domain programming")
+    assert cli("profiles", "try", " ") == 2
+
+
+def test_confusion_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    miss = Misrouted(
+        profile="crops", domain="crops", example="x", to_domain="code", to_profiles=("code",), confidence=0.5
+    )
+    told = replace(miss, to_profiles=())
+    confusion = Confusion(examples=4, misrouted=(miss, told), shared_domains=("crops",), too_few=("rare",))
+    profiling._show_confusion(confusion, {"crops"})
+    out, err = capsys.readouterr()
+    assert out == (
+        "2 of 4 examples (50%) reach their own profile.\n  crops → a generalist: 1\n  crops → code: 1\n"
+    )
+    assert "Domain crops is declared by several" in err
+    assert "Domain rare has too few" in err
+
+
+def test_config_check_tells_values_and_sources(
+    cli: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fieldmesh.toml").write_text("[engine]\nslots = 2\n")
+    monkeypatch.setenv("FIELDMESH_NAME", "kitchen")
+    assert cli("config", "check", "--json") == 0
+    found = json.loads(cli.out)
+    assert found["values"]["engine.slots"]["value"] == 2
+    assert found["values"]["engine.slots"]["source"].startswith("file ")
+    assert found["values"]["node.name"]["source"] == "environment FIELDMESH_NAME"
+    assert cli("config", "check") == 0
+    assert "engine.slots" in cli.out
+    assert "FIELDMESH_ENGINE_SLOTS" not in cli.out
+    assert cli("-v", "config", "check") == 0
+    assert "FIELDMESH_ENGINE_SLOTS" in cli.out
+    (tmp_path / "fieldmesh.toml").write_text("[engine]\nslot = 2\n")
+    assert cli("config", "check") == 2
+    assert "did you mean engine.slots?" in cli.err
+
+
+def test_the_version_is_told(cli: Commands) -> None:
+    for line in (["--version"], ["version"]):
+        assert cli(*line) == 0
+        assert cli.out == f"fieldmesh {__version__}\n"
+    assert cli("version", "--json") == 0
+    assert json.loads(cli.out) == {"version": __version__}
+
+
+# --- serve -------------------------------------------------------------------------------
+
+
+def test_flags_of_serve_become_the_configuration(cli: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[NodeConfig] = []
+
+    async def serve(config: NodeConfig) -> None:
+        given.append(config)
+
+    monkeypatch.setitem(sys.modules, "fieldmesh.runtime.node", SimpleNamespace(serve=serve))
+    line = (
+        "serve --name n --mesh m --profile code --model x.gguf --listen 0.0.0.0:1 --peer-listen 0.0.0.0:2 "
+        "--insecure --advertise box --seed a:1 --seed b --no-mdns --threads 3 --slots 4 --context-tokens 512 "
+        "--queue-max 5 --policy random --state-folder s --drain-timeout-s 1.5 --log-format json "
+        "--log-level error"
+    )
+    assert cli(*line.split()) == 0
+    (config,) = given
+    assert (config.node.name, config.node.mesh, config.node.profile, config.node.model) == (
+        "n",
+        "m",
+        "code",
+        "x.gguf",
+    )
+    assert (str(config.listen.client), str(config.listen.peer), config.listen.insecure) == (
+        "0.0.0.0:1",
+        "0.0.0.0:2",
+        True,
+    )
+    assert (config.listen.advertise, [str(seed) for seed in config.discovery.seeds]) == (
+        "box",
+        ["a:1", "b:7421"],
+    )
+    assert (config.discovery.mdns, config.engine.threads, config.engine.slots) == (False, 3, 4)
+    assert (config.engine.context_tokens, config.engine.queue_max, config.routing.policy) == (
+        512,
+        5,
+        "random",
+    )
+    assert (config.node.state_folder, config.node.drain_timeout_s) == ("s", 1.5)
+    assert (config.log.format, config.log.level) == ("json", "error")
+
+
+def test_a_flag_that_is_wrong_is_named_as_the_flag_it_is(cli: Commands) -> None:
+    assert cli("serve", "--listen", "0.0.0.0:99999") == 2
+    assert "flag --listen" in cli.err
+    assert cli("serve", "--listen", "0.0.0.0:7420") == 2
+    assert "--insecure" in cli.err
+
+
+def test_the_base_install_says_how_to_get_the_rest(cli: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
+    assert cli("serve") == 2
+    assert "pip install 'fieldmesh[node]'" in cli.err
+
+
+# --- as a process ------------------------------------------------------------------------
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fieldmesh", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_help_loads_nothing_slow() -> None:
+    code = (
+        "import sys; from fieldmesh.cli.app import run; code = run(['--help']); "
+        "slow = {'grpc', 'rich', 'zeroconf', 'google.protobuf', 'platformdirs', 'msgspec', 'asyncio'}; "
+        "print(sorted(slow & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "Exit codes" in done.stdout
+
+
+def test_ctrl_c_stops_the_answer_at_the_node_and_exits_130(
+    node: ScriptedNode, loop: Callable[[Any], Any]
+) -> None:
+    node.script.append(hangs(after=("a",)))
+    process = start("ask", "--node", str(node.address), "hello")
+    loop(asyncio.wait_for(node.hanging.wait(), 20))
+    assert process.stdout is not None
+    assert process.stdout.read(1) == "a"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    loop(asyncio.wait_for(node.cancelled.wait(), 20))
+
+
+def test_a_reader_that_leaves_is_no_reason_to_complain(node: ScriptedNode) -> None:
+    node.script.append(answers(*["word " * 1000] * 50))
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fieldmesh", "ask", "--node", str(node.address), "hello"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert os.read(reader, 4) == b"word"
+    os.close(reader)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert err == ""
