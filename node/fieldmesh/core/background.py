@@ -1,6 +1,6 @@
 """What people ask when they ask about nothing in particular.
 
-Owns: a few hundred short everyday questions in several languages, the contrast from which the classifier learns
+Owns: a few hundred short everyday questions in several languages: the contrast from which a classifier learns
 which words say nothing about a domain ("what is the", "tell me", "wie viele"). Must not: mention what a
 specialist is likely to be made for; a domain's own examples always outweigh these.
 """

@@ -38,12 +38,22 @@ EXAMPLES_MAX = 6000
 WORD_CHARS_MAX = 40
 """Only the beginning of a longer word is cut into character n-grams (hashes, base64)."""
 
-RIDGE = 0.2
+RIDGE = 0.25
+BACKGROUND_RIDGE = 1.0
+"""Regularisation of examples and of background texts: the latter count a quarter."""
+
 EPOCHS = 4
-"""Regularisation, and passes over the examples; chosen on CLINC150's validation split."""
+EPOCHS_AFTER = 2
+"""Passes over the examples, and again when those held out at first are added."""
 
 HELD_OUT_EVERY = 5
-"""Every fifth text of a domain is kept back at first, to see what scores unseen texts get."""
+"""Every fifth example is kept back at first, to see what scores unseen texts get."""
+
+CHANGE_MIN = 0.002
+"""Smaller steps of a weight vector (whose examples have length one) are not taken."""
+
+PREFIX_CHARS = 4
+"""A longer word counts as its beginning too: a plain stem, for languages that inflect at the end."""
 
 OUTSIDE = -1
 """Stands for no domain among the columns of the model."""
@@ -100,6 +110,7 @@ def _counts(text: str) -> tuple[Counter[str], ...]:
             words.extend(token)
         else:
             words.append(token)
+    prefixes = [f"{word[:PREFIX_CHARS]}-" for word in words if len(word) > PREFIX_CHARS]
     pairs = Counter(map("{} {}".format, words, words[1:]))
     pairs.update(map("{} _ {}".format, words, words[2:]))
     grams: Counter[str] = Counter()
@@ -107,7 +118,7 @@ def _counts(text: str) -> tuple[Counter[str], ...]:
         padded = f"<{run}>"
         for length in (3, 4, 5):
             grams.update(padded[i : i + length] for i in range(len(padded) - length + 1))
-    return Counter(words), pairs, grams
+    return Counter(words + prefixes), pairs, grams
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,33 +178,49 @@ class _Vocabulary:
 # --- the model ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A text of a domain (by column), or of none, and its dual variables, one a column."""
+
+    vector: _Vector
+    column: int
+    ridge: float
+    curvature: float
+    duals: list[float]
+
+
 class _Ridge:
     """One-of-n ridge regression, one column of weights a domain; examples may be added between epochs."""
 
     def __init__(self, features: int, domains: int) -> None:
         self.weights = [[0.0] * features for _ in range(domains)]
-        self._examples: list[tuple[_Vector, int, float, list[float]]] = []
+        self._examples: list[_Example] = []
 
-    def add(self, vector: _Vector, domain: int) -> None:
-        squares = sum(map(mul, vector.values, vector.values))
-        self._examples.append((vector, domain, squares + RIDGE, [0.0] * len(self.weights)))
-
-    def epoch(self, turn: int) -> None:
-        """One exact step for every example, in an order that depends on ``turn``."""
+    def learn(self, texts: Sequence[tuple[_Vector, int]], epochs: int) -> None:
+        """Add texts with their columns, then pass over all texts that often."""
+        for vector, column in texts:
+            ridge = BACKGROUND_RIDGE if column == OUTSIDE else RIDGE
+            squares = sum(map(mul, vector.values, vector.values))
+            duals = [0.0] * len(self.weights)
+            self._examples.append(_Example(vector, column, ridge, squares + ridge, duals))
         count = len(self._examples)
-        stride = next(
-            s for s in range(int(count * 0.618) + 2 * turn + 1, 4 * count + 9) if math.gcd(s, count) == 1
-        )
-        for step in range(count):
-            self._step(*self._examples[(step * stride + turn) % count])
+        # Neighbours in the list are alike: steps of about the golden section visit them far apart.
+        stride = next(s for s in range(int(count * 0.618) + 1, count + 2) if math.gcd(s, count) == 1)
+        for epoch in range(epochs):
+            for step in range(count):
+                self._step(self._examples[(step * stride + epoch) % count])
 
-    def _step(self, vector: _Vector, domain: int, curvature: float, duals: list[float]) -> None:
-        pick = itemgetter(*vector.ids)
+    def _step(self, example: _Example) -> None:
+        ids, values = example.vector.ids, example.vector.values
+        pick = itemgetter(*ids)
         for column, weights in enumerate(self.weights):
-            error = (column == domain) - sum(map(mul, pick(weights), vector.values)) - RIDGE * duals[column]
-            change = error / curvature
-            duals[column] += change
-            for index, value in zip(vector.ids, vector.values, strict=True):
+            target = float(column == example.column)
+            score = sum(map(mul, pick(weights), values))
+            change = (target - score - example.ridge * example.duals[column]) / example.curvature
+            if abs(change) < CHANGE_MIN:
+                continue
+            example.duals[column] += change
+            for index, value in zip(ids, values, strict=True):
                 weights[index] += change * value
 
     def scores(self, vector: _Vector) -> list[float]:
@@ -216,16 +243,11 @@ class _Calibration:
     def of(cls, inside: Sequence[float], outside: Sequence[float]) -> _Calibration:
         inside_mean = _mean(inside, 0.3)
         outside_mean = _mean(outside, 0.0)
-        spread = (
-            max(
-                0.02,
-                _mean([(x - inside_mean) ** 2 for x in inside], 0.01)
-                + _mean([(x - outside_mean) ** 2 for x in outside], 0.01),
-            )
-            / 2
-        )
+        inside_variance = _mean([(x - inside_mean) ** 2 for x in inside], 0.01)
+        outside_variance = _mean([(x - outside_mean) ** 2 for x in outside], 0.01)
         gap = max(0.05, inside_mean - outside_mean)
-        return cls(middle=outside_mean + gap / 2, slope=gap / spread)
+        slope = gap / max(0.01, (inside_variance + outside_variance) / 2)
+        return cls(middle=outside_mean + gap / 2, slope=slope)
 
     def probability(self, score: float) -> float:
         return 1 / (1 + math.exp(-max(-40.0, min(40.0, self.slope * (score - self.middle)))))
@@ -261,25 +283,20 @@ class Classifier:
         """
         ordered = sorted(domains, key=lambda d: d.name)
         share = max(1, EXAMPLES_MAX // max(1, len(ordered)))
-        texts = [
-            (_counts(text), column) for column, domain in enumerate(ordered) for text in _texts(domain, share)
-        ] + [(_counts(text), OUTSIDE) for text in TEXTS]
-        vocabulary = _Vocabulary([counts for counts, _ in texts])
-        vectors = [(vocabulary.vector(counts), column) for counts, column in texts]
+        phrases = [(_counts(t), column) for column, domain in enumerate(ordered) for t in _phrases(domain)]
+        examples = [
+            (_counts(t), column) for column, domain in enumerate(ordered) for t in domain.examples[:share]
+        ]
+        background = [(_counts(t), OUTSIDE) for t in TEXTS]
+        vocabulary = _Vocabulary([counts for counts, _ in phrases + examples + background])
+        texts = [(vocabulary.vector(counts), column) for counts, column in examples + background]
+        held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        del texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        texts += [(vocabulary.vector(counts), column) for counts, column in phrases]
         ridge = _Ridge(len(vocabulary), len(ordered))
-        held_out = vectors[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-        learned = [v for i, v in enumerate(vectors) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-        for vector, column in learned:
-            ridge.add(vector, column)
-        if learned:
-            for turn in range(EPOCHS):
-                ridge.epoch(turn)
+        ridge.learn(texts, EPOCHS)
         calibration = _calibrate(ridge, held_out)
-        for vector, column in held_out:
-            ridge.add(vector, column)
-        if held_out:
-            for turn in range(EPOCHS // 2):
-                ridge.epoch(turn)
+        ridge.learn(held_out, EPOCHS_AFTER)
         return cls(tuple(d.name for d in ordered), training_digest(domains), vocabulary, ridge, calibration)
 
     def classify(self, text: str) -> Classification:
@@ -303,22 +320,20 @@ class Classifier:
         return f"Classifier({len(self.names)} domains, {len(self._vocabulary)} features, {self.digest[:12]})"
 
 
-def _texts(domain: Domain, examples_max: int) -> Iterable[str]:
-    """What is learned of a domain: its name, each phrase of its description, its examples."""
+def _phrases(domain: Domain) -> Iterable[str]:
+    """A domain's name, and each phrase of its description: single words here are strong evidence."""
     yield domain.name.replace("_", " ").replace("-", " ")
     yield from _PHRASES.findall(domain.description)
-    yield from domain.examples[:examples_max]
 
 
 def _calibrate(ridge: _Ridge, held_out: Sequence[tuple[_Vector, int]]) -> _Calibration:
-    """What texts score that were not learned: in their own domain, and at best in the others (which stands
-    for texts of no domain)."""
+    """What texts score that were not learned: those of a domain in it, those of none at best."""
     inside: list[float] = []
     outside: list[float] = []
     for vector, column in held_out:
         scores = ridge.scores(vector)
         if column == OUTSIDE:
-            outside.append(max(scores))
+            outside.append(max(scores, default=0.0))
         else:
             inside.append(scores[column])
     return _Calibration.of(inside, outside)
