@@ -117,6 +117,7 @@ class Multicast:
     async def _stop(self) -> None:
         listener, self._listener = self._listener, None
         zeroconf, self._zeroconf = self._zeroconf, None
+        self._known.clear()  # no goodbye of theirs would be heard any more
         if listener is not None:
             self._ignored += listener.ignored
             await listener.close()
