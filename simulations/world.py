@@ -150,7 +150,7 @@ class _Synced:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
     label: str
-    function: Callable[[], None]
+    function: Callable[[], object]
 
 
 _Entry = _Deliver | _Post | _Wake | _Synced | _Call
@@ -242,7 +242,7 @@ class World:
             self._owners[address] = label
         host.addresses = addresses
 
-    def at(self, time: float, label: str, function: Callable[[], None]) -> None:
+    def at(self, time: float, label: str, function: Callable[[], object]) -> None:
         """Call ``function`` at world time ``time``; ``label`` goes into the trace."""
         self._push(max(time, self.time), "", _Call(label=label, function=function))
 
@@ -421,7 +421,7 @@ class World:
         assert host.machine is not None
         effects = host.machine.handle(event, local)
         self._perform(host, effects)
-        self._guard_progress(host, local)
+        self._guard_progress(host, event, local)
         try:
             host.machine.check()
             for invariant in self.invariants:
@@ -430,15 +430,16 @@ class World:
             raise InvariantBroken(f"t={self.time:.6f} {host.label} after {event!r}: {error}") from error
         self._arm(host)
 
-    def _guard_progress(self, host: Host, local: float) -> None:
+    def _guard_progress(self, host: Host, event: Any, local: float) -> None:
+        """A tick must move the deadline into the future; many that do not are a timer storm."""
         assert host.machine is not None
         deadline = host.machine.deadline
         if deadline is None or deadline > local:
             host.ticks_without_progress = 0
-            return
-        host.ticks_without_progress += 1
-        if host.ticks_without_progress > TICKS_WITHOUT_PROGRESS_MAX:
-            raise InvariantBroken(f"t={self.time:.6f} {host.label}: its deadline stays in the past")
+        elif isinstance(event, Tick):
+            host.ticks_without_progress += 1
+            if host.ticks_without_progress > TICKS_WITHOUT_PROGRESS_MAX:
+                raise InvariantBroken(f"t={self.time:.6f} {host.label}: its deadline stays in the past")
 
     def _arm(self, host: Host) -> None:
         """Schedule the host's timer, unless one that fires no later is scheduled already."""

@@ -170,6 +170,8 @@ class Peer:
     since: float
     sequence: int = 0
     """The latest message of this incarnation, heard or gossiped."""
+    nonce: int = 0
+    """Tells two lives under one incarnation apart; 0 before the peer introduced itself."""
     load: Load = field(default_factory=Load)
     rtt_s: float = 0.0
     rtt_shown_s: float = 0.0
@@ -501,7 +503,7 @@ class Membership:
             self.counts["unknown_sender"] += 1
             return
         if beat.incarnation < peer.incarnation:
-            yield from self._tell_stale(peer, now)
+            yield from self._tell_stale(peer, peer.addresses, peer.incarnation, now)
             return
         if not self._advance(peer, beat.incarnation, beat.sequence, now):
             self.counts["stale_message"] += 1
@@ -551,7 +553,7 @@ class Membership:
         """Whether a message is newer than all before; a higher incarnation begins a new life."""
         if incarnation > peer.incarnation:
             self.counts["new_life"] += 1
-            peer.incarnation, peer.refutations, peer.sequence = incarnation, 0, 0
+            peer.incarnation, peer.refutations, peer.sequence, peer.nonce = incarnation, 0, 0, 0
             peer.rtt_s = peer.rtt_shown_s = peer.echo_sent_s = 0.0
             peer.load = Load()
             peer.deaf = False
@@ -679,12 +681,16 @@ class Membership:
         peer.probe_at = now + self.config.probe_interval_s
         peer.probes += 1
         self.counts["probes"] += 1
-        if peer.address is not None:
-            yield self._send(peer, self._heartbeat_for(peer, now, wants_answer=True))
-            if peer.probes > 1:
-                self._try_other_address(peer, now)
-                yield from self._hello(peer, one=True)
-            yield from self._ask_others(peer)
+        if peer.address is None:
+            return
+        if not peer.sequence:  # known from others only: it may not know us
+            yield from self._hello(peer)
+            return
+        yield self._send(peer, self._heartbeat_for(peer, now, wants_answer=True))
+        if peer.probes > 1:
+            self._try_other_address(peer, now)
+            yield from self._hello(peer, one=True)
+        yield from self._ask_others(peer)
 
     def _ask_others(self, peer: Peer) -> Iterator[Effect]:
         assert peer.address is not None
@@ -760,7 +766,8 @@ class Membership:
                 yield from self._hello(peer, one=True)
 
     def _hello(self, peer: Peer, *, one: bool = False) -> Iterator[Effect]:
-        rumors = () if peer.state is NodeState.ALIVE else (self._rumor_about(peer, _RUMORED[peer.state]),)
+        accused = peer.sequence and peer.state is not NodeState.ALIVE
+        rumors = (self._rumor_about(peer, _RUMORED[peer.state]),) if accused else ()
         addresses = (peer.address,) if one and peer.address else peer.addresses
         for address in addresses[: self.config.addresses_welcomed_max]:
             yield Send(
@@ -842,7 +849,11 @@ class Membership:
             self._peers[sender] = peer
             self.counts["joined"] += 1
         elif who.incarnation < peer.incarnation:
-            yield from self._tell_stale(peer, now)
+            yield from self._tell_stale(peer, who.addresses, peer.incarnation, now)
+            return None, False
+        elif who.incarnation == peer.incarnation and peer.nonce not in (0, who.nonce):
+            # Two lives under one incarnation: a state folder restored from a backup, or copied.
+            yield from self._tell_stale(peer, who.addresses, peer.incarnation + 1, now)
             return None, False
         fresh = self._advance(peer, who.incarnation, who.sequence, now)
         if fresh:
@@ -869,7 +880,7 @@ class Membership:
         return None
 
     def _take_introduction(self, peer: Peer, who: Introduction) -> None:
-        peer.name = who.name
+        peer.name, peer.nonce = who.name, who.nonce
         peer.refutations = max(peer.refutations, who.refutations)
         current = peer.address
         if peer.addresses != who.addresses:
@@ -898,18 +909,18 @@ class Membership:
                 now, key, "duplicate_name", name=peer.name, one=min(peer.id, other), other=max(peer.id, other)
             )
 
-    def _tell_stale(self, peer: Peer, now: float) -> Iterator[Effect]:
-        """A node speaks with an incarnation below one that it had: tell it, so that it can rise above."""
+    def _tell_stale(
+        self, peer: Peer, addresses: tuple[Address, ...], incarnation: int, now: float
+    ) -> Iterator[Effect]:
+        """A node lives under an incarnation that was used before: tell it which one it must rise above."""
         self.counts["stale_incarnation"] += 1
-        if now >= peer.probe_at:
-            peer.probe_at = now + self.config.probe_interval_s
-            for address in peer.addresses[: self.config.addresses_welcomed_max]:
-                hello = Hello(
-                    who=self._introduction(),
-                    dialed=address,
-                    rumors=(self._rumor_about(peer, Rumored.DEAD),),
-                )
-                yield Send(to=peer.id, address=address, message=hello)
+        if now < peer.probe_at:
+            return
+        peer.probe_at = now + self.config.probe_interval_s
+        rumor = replace(self._rumor_about(peer, Rumored.DEAD), incarnation=incarnation)
+        for address in addresses[: self.config.addresses_welcomed_max]:
+            hello = Hello(who=self._introduction(), dialed=address, rumors=(rumor,))
+            yield Send(to=peer.id, address=address, message=hello)
 
     def _welcome(self, asker: Peer, dialed: Address) -> Welcome:
         others = [p for p in self._peers.values() if p is not asker and _worth_telling(p)]

@@ -401,7 +401,9 @@ class Replica:
             self.rejected += 1
             return False
         if author == self._local:  # an earlier life of ours, or a copy of our key: never taken over
-            self.own_incarnation_seen = max(self.own_incarnation_seen, envelope.incarnation)
+            # Under our own incarnation it takes a still higher one to outbid what that life may yet sign.
+            above = envelope.incarnation == self._incarnation
+            self.own_incarnation_seen = max(self.own_incarnation_seen, envelope.incarnation + above)
             if held is not None:
                 self._damaged_since.setdefault(author, now)
             return False

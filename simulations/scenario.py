@@ -1,0 +1,205 @@
+"""Scenarios: a TOML file says how many nodes live for how long through which faults, and what must have
+happened by the end. Owns: reading them, building the world, running one seed, the outcome.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from fieldmesh.core.joining import JoinConfig
+from fieldmesh.core.membership import MembershipConfig
+from fieldmesh.core.mesh import Mesh, MeshConfig
+from fieldmesh.core.model import Address, NodeState
+from fieldmesh.core.replica import ReplicaConfig
+from simulations.faults import FAULTS, Playground
+from simulations.invariants import Watch
+from simulations.node import MeshCodec, Settings, booter, make_key, node_id, profile, refused
+from simulations.world import InvariantBroken, Link, World
+
+FOLDER = Path(__file__).parent / "scenarios"
+MESH = "meadow"
+PORT = 7000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultPlan:
+    """One kind of fault: on average once every ``every_s``, lasting between the two of ``for_s``."""
+
+    every_s: float
+    for_s: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One file. Times are virtual seconds.
+
+    Faults happen between ``warmup_s`` and ``virtual_s - settle_s`` and are over by then. In the quiet that
+    follows views must agree within ``converge_s``. ``notice_s``: how long a dead or unreachable node may
+    be taken for alive. ``patience_s``: how long after its last trouble a healthy node may be taken for
+    something else. ``expect`` names counts that a sweep must have seen at least once.
+    """
+
+    name: str
+    says: str
+    nodes: int
+    virtual_s: float
+    warmup_s: float = 5.0
+    settle_s: float = 40.0
+    converge_s: float = 30.0
+    notice_s: float = 2.0
+    patience_s: float = 15.0
+    seeds_known: int = 2
+    seeds_swept: int = 500
+    checks_alive: bool = True
+    clock_offset_s_max: float = 1000.0
+    clock_rate_error_max: float = 0.0005
+    late_nodes: int = 0
+    late_probability: float = 0.0
+    late_s_max: float = 0.0
+    link: Link = field(default_factory=Link)
+    faults: dict[str, FaultPlan] = field(default_factory=dict)
+    expect: tuple[str, ...] = ()
+    membership: dict[str, Any] = field(default_factory=dict)
+    replica: dict[str, Any] = field(default_factory=dict)
+    mesh: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one seed went. ``broken`` is empty where nothing was violated."""
+
+    scenario: str
+    seed: int
+    digest: str
+    broken: str
+    events: int
+    counts: dict[str, int]
+
+
+def load(name: str) -> Scenario:
+    """The scenario of this name or path. Raises ValueError for unknown keys, OSError for no file."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = {f.name for f in fields(Scenario)}
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise ValueError(
+            f"{path.name}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    plans = table.pop("faults", {})
+    for kind in plans:
+        if kind not in FAULTS:
+            raise ValueError(f"{path.name}: unknown fault {kind!r}; known are {', '.join(sorted(FAULTS))}")
+    faults = {
+        kind: FaultPlan(every_s=plan["every_s"], for_s=tuple(plan.get("for_s", (0.0, 0.0))))
+        for kind, plan in plans.items()
+    }
+    return Scenario(
+        link=Link(**table.pop("link", {})),
+        faults=faults,
+        expect=tuple(table.pop("expect", ())),
+        **table,
+    )
+
+
+def names() -> list[str]:
+    """All scenarios on file."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def build(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[World, Playground, Watch]:
+    """The world of one seed, its nodes started, its faults scheduled."""
+    world = World(seed, MeshCodec(), link=scenario.link, refused=refused, lists_wait=False, record=record)
+    rng = Random(world.random.getrandbits(64))
+    config = MeshConfig(
+        membership=MembershipConfig(**scenario.membership),
+        join=JoinConfig(),
+        replica=ReplicaConfig(**scenario.replica),
+        **scenario.mesh,
+    )
+    addresses = [Address(host=f"10.0.0.{index + 1}", port=PORT) for index in range(scenario.nodes)]
+    ground = Playground(world=world, rng=Random(world.random.getrandbits(64)), settings={}, mesh=MESH)
+    for index, address in enumerate(addresses):
+        label = f"n{index}"
+        settings = Settings(
+            name=label,
+            mesh=MESH,
+            key=make_key(f"{seed} {label}"),
+            seeds=tuple(addresses[: scenario.seeds_known]),
+            profiles=(profile(f"p{index}", f"subject {index}"),),
+            config=config,
+        )
+        ground.settings[label] = settings
+        world.add_host(
+            label,
+            node_id(settings.key),
+            (address,),
+            booter(settings, rng),
+            clock_offset_s=rng.uniform(0, scenario.clock_offset_s_max),
+            clock_rate=1 + rng.uniform(-1, 1) * scenario.clock_rate_error_max,
+        )
+        world.at(rng.uniform(0, 0.5), f"start {label}", lambda label=label: ground.start(label))  # type: ignore[misc]
+    for index in range(scenario.late_nodes):
+        world.make_late(f"n{index}", scenario.late_probability, scenario.late_s_max)
+    watch = Watch(scenario, ground)
+    world.invariants.append(watch.after_event)
+    schedule(scenario, ground)
+    return world, ground, watch
+
+
+def schedule(scenario: Scenario, ground: Playground) -> None:
+    """Draw when each fault happens; all are over when the quiet begins."""
+    quiet_at = scenario.virtual_s - scenario.settle_s
+    for kind in sorted(scenario.faults):
+        plan = scenario.faults[kind]
+        time = scenario.warmup_s + ground.rng.expovariate(1 / plan.every_s)
+        while time < quiet_at:
+            lasts_s = min(ground.rng.uniform(*plan.for_s), quiet_at - time)
+            ground.world.at(
+                time,
+                kind,
+                lambda kind=kind, lasts_s=lasts_s: FAULTS[kind](ground, lasts_s),  # type: ignore[misc]
+            )
+            time += ground.rng.expovariate(1 / plan.every_s)
+    ground.world.at(quiet_at, "quiet", ground.calm)
+
+
+def run(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[Outcome, World]:
+    """One seed from start to end."""
+    world, ground, watch = build(scenario, seed, record=record)
+    broken = ""
+    try:
+        world.run(scenario.virtual_s)
+        watch.at_end()
+    except InvariantBroken as error:
+        broken = str(error)
+    outcome = Outcome(
+        scenario=scenario.name,
+        seed=seed,
+        digest=world.digest,
+        broken=broken,
+        events=world.events_done,
+        counts=dict(sorted(gather(world, ground).items())),
+    )
+    return outcome, world
+
+
+def gather(world: World, ground: Playground) -> Counter[str]:
+    """Everything that was counted: by the world, by the machines that lived, by those that were killed."""
+    counts = world.counts + ground.counts
+    for host in world.hosts.values():
+        if isinstance(host.machine, Mesh):
+            counts += ground.counts_of(host.machine)
+    for event, times in world.notes.items():
+        counts[f"note_{event}"] += times
+    return counts
+
+
+def alive_names(mesh: Mesh) -> set[str]:
+    """Whom a node takes for alive, itself included."""
+    return {member.name for member in mesh.view.members if member.state is NodeState.ALIVE}
