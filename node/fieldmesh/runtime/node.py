@@ -15,7 +15,6 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from random import Random, SystemRandom
 
 import grpc
@@ -358,11 +357,11 @@ class Node:
 def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
     """How the engine is set up for a profile. Raises ModelFileInvalid, ConfigError."""
     path = profiles.model_path(profile, config.node.model)
-    header = read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
+    read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
     engine = config.engine
     settings = EngineSettings(
         model_path=str(path),
-        model_name=header.name or Path(path).stem,
+        model_name=path.stem,
         context_tokens=engine.context_tokens or profile.context_tokens,
         slots=engine.slots or profile.slots,
         threads=engine.threads or cpu_budget(),
