@@ -10,8 +10,8 @@ for squared loss each step is exact). Regression to targets rather than a softma
 texts unlike anything seen near zero, and the mass of features that training never saw counts towards a
 text's length, so unknown words lower every score: that is what makes abstention work.
 
-Scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are cut into characters, so
-that their words appear as character pairs and n-grams.
+In scripts written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) every two or three
+neighbouring characters stand for a word.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ CHANGE_MIN = 0.002
 PREFIX_CHARS = 4
 """A longer word counts as its beginning too: a plain stem, for languages that inflect at the end."""
 
+MIDDLE_MIN = 0.125
+"""Score below which no domain is named, whatever the calibration says: a learned example scores about one."""
+
 OUTSIDE = -1
 """Stands for no domain among the columns of the model."""
 
@@ -62,17 +65,17 @@ ABSTAIN_BELOW = 0.5
 """Confidence from which a domain is named: where its texts and others are equally likely."""
 
 _MARKS = re.compile("[\u0300-\u036f\u0640\u064b-\u065f\u0670]")
-_UNSPACED = (
-    "\u0e00-\u0eff"  # Thai, Lao
-    "\u1000-\u109f"  # Burmese
-    "\u1780-\u17ff"  # Khmer
+_SYLLABIC = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+_IDEOGRAPHIC = (
     "\u3040-\u30ff\u31f0-\u31ff"  # kana
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
 )
+_UNSPACED = _SYLLABIC + _IDEOGRAPHIC
 _PUNCTUATION = "!-/:-@\\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f\u060c\u061b\u061f\u0964\u0965"
 _TOKEN = re.compile(f"[{_UNSPACED}]+|[^\\s{_PUNCTUATION}{_UNSPACED}]+|[!-/:-@\\[-`{{-~]")
 _PHRASES = re.compile(r"[^\s,;:.!?、，；：。！？،؛][^,;:.!?\n、，；：。！？،؛]*")
-_UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
+_RUNS = ((re.compile(f"[{_IDEOGRAPHIC}]"), 2), (re.compile(f"[{_SYLLABIC}]"), 3))
+"""Scripts without spaces, and how many characters stand for a word in them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +109,8 @@ def _counts(text: str) -> tuple[Counter[str], ...]:
     runs: list[str] = []
     for token in _TOKEN.findall(_normal(text)):
         runs.append(token[:WORD_CHARS_MAX])
-        if _UNSPACED_RUN.fullmatch(token):
-            words.extend(token)
-        else:
-            words.append(token)
+        length = next((length for script, length in _RUNS if script.match(token)), len(token))
+        words.extend(token[i : i + length] for i in range(max(1, len(token) - length + 1)))
     prefixes = [f"{word[:PREFIX_CHARS]}-" for word in words if len(word) > PREFIX_CHARS]
     pairs = Counter(map("{} {}".format, words, words[1:]))
     pairs.update(map("{} _ {}".format, words, words[2:]))
@@ -247,7 +248,7 @@ class _Calibration:
         outside_variance = _mean([(x - outside_mean) ** 2 for x in outside], 0.01)
         gap = max(0.05, inside_mean - outside_mean)
         slope = gap / max(0.01, (inside_variance + outside_variance) / 2)
-        return cls(middle=outside_mean + gap / 2, slope=slope)
+        return cls(middle=max(MIDDLE_MIN, outside_mean + gap / 2), slope=slope)
 
     def probability(self, score: float) -> float:
         return 1 / (1 + math.exp(-max(-40.0, min(40.0, self.slope * (score - self.middle)))))
