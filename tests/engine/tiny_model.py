@@ -67,8 +67,12 @@ def _add_tensors(
     writer: gguf.GGUFWriter, random: np.random.Generator, vocabulary: int, *, gemma: bool
 ) -> None:
     def add(name: str, *shape: int) -> None:
-        values = random.normal(0, 0.3, shape) if len(shape) > 1 else np.ones(shape)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+            return
+        values = random.normal(0, 0.3, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1  # as the default model has it
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
 
     add("token_embd", vocabulary, EMBEDDING)
     add("output_norm", EMBEDDING)

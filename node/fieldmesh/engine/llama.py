@@ -5,7 +5,8 @@ speak to the host, or know what a generation is. One thread owns a LlamaModel.
 
 The KV cache is one stream a slot (``kv_unified`` off) and flash attention is off unless asked for: on a CPU
 a sequence's logits are then bit-identical whatever shares its step and however its prompt was chunked
-(measured: chunks of 16 to 512, 1 to 300 foreign tokens in the batch, 1 to 4 decoders). The library puts
+(measured with Q4_1 weights: chunks of 1 to 512, 1 to 300 foreign tokens in the step, 1 to 4 decoders; F32
+weights differ in the last bit between steps of one token and of more). The library puts
 sequences into one pass only where their ids are consecutive, so rows go in by slot and the scheduler
 prefers neighbouring slots.
 """

@@ -36,8 +36,8 @@ class EngineSettings:
     ``mixed_tokens`` one in which something does (see core.batching). ``chat_template`` overrides the
     model's own; ``system_prompt`` is put before conversations that have none.
 
-    ``flash_attention`` is off by default because, on a CPU, the arithmetic is then independent of how many
-    tokens and sequences share a step: a greedy answer is bit-identical whatever else runs.
+    ``flash_attention`` is off by default because, on a CPU with quantised weights, the arithmetic is then
+    independent of what shares a step: a greedy answer is bit-identical whatever else runs (engine.llama).
 
     Over ``stream_tokens_max`` unread tokens a stream is paused; paused for ``slow_reader_timeout_s``, it
     is ended. ``watchdog_s`` without a finished step while there is work means a stuck process.

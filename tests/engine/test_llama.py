@@ -1,0 +1,227 @@
+"""Goal: llama.cpp computes what the scheduler asked for, bit for bit the same however steps are cut and
+shared. Method: the tiny model in this process, logits compared exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fieldmesh.core.batching import Place, Slice
+from fieldmesh.core.model import Sampling
+from fieldmesh.engine.llama import LlamaModel, draw_seed
+from fieldmesh.engine.settings import EngineSettings
+from tests.engine.tiny_model import write_tiny_model
+
+PROMPT = tuple(3 + (7 * i) % 290 for i in range(150))
+
+
+def load(path: Path, **more: object) -> LlamaModel:
+    settings = EngineSettings(model_path=str(path), context_tokens=256, slots=4, **more)  # type: ignore[arg-type]
+    return LlamaModel(settings, lambda _share: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
+    made = load(write_tiny_model(tmp_path_factory.mktemp("llama") / "tiny.gguf"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _empty(model: LlamaModel) -> None:
+    model.place([Place(slot=i, source=i, keep_tokens=0) for i in range(4)])
+
+
+def piece(name: str, slot: int, start: int, tokens: tuple[int, ...], *, sample: bool = True) -> Slice:
+    return Slice(id=name, slot=slot, position=start, token_ids=tokens, sample=sample)
+
+
+def prefill(model: LlamaModel, slot: int, chunk: int, until: int = len(PROMPT)) -> np.ndarray:
+    """Logits after the prompt, computed ``chunk`` tokens at a time."""
+    row = 0
+    for start in range(0, until, chunk):
+        tokens = PROMPT[start : min(start + chunk, until)]
+        row = model.run([piece("a", slot, start, tokens)])["a"]
+    return model.logits(row).copy()
+
+
+@pytest.fixture
+def whole(model: LlamaModel, _empty: None) -> np.ndarray:
+    logits = prefill(model, 0, 150)
+    model.place([Place(slot=0, source=0, keep_tokens=0)])
+    return logits
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 63, 64, 100])
+def test_chunks_of_any_size_give_the_same_logits(model: LlamaModel, whole: np.ndarray, chunk: int) -> None:
+    assert np.array_equal(prefill(model, 2, chunk), whole)
+
+
+@pytest.mark.parametrize("others", [1, 63, 64, 100])
+def test_a_long_prompt_in_the_same_step_changes_no_logits(
+    model: LlamaModel, whole: np.ndarray, others: int
+) -> None:
+    prefill(model, 1, 149, until=149)
+    rows = model.run([piece("a", 1, 149, PROMPT[149:]), piece("b", 3, 0, PROMPT[:others], sample=False)])
+    assert np.array_equal(model.logits(rows["a"]), whole)
+
+
+def test_decoders_side_by_side_change_no_logits(model: LlamaModel, whole: np.ndarray) -> None:
+    for slot in (3, 0, 1):
+        prefill(model, slot, 149 - slot, until=149)
+    rows = model.run([piece(str(slot), slot, 149, PROMPT[149:]) for slot in (3, 0, 1)])
+    for row in rows.values():
+        assert np.array_equal(model.logits(row), whole)
+
+
+def test_a_copied_prefix_is_as_good_as_a_computed_one(model: LlamaModel, whole: np.ndarray) -> None:
+    prefill(model, 0, 150)
+    model.place([Place(slot=2, source=0, keep_tokens=100)])
+    rows = model.run([piece("b", 2, 100, PROMPT[100:])])
+    assert np.array_equal(model.logits(rows["b"]), whole)
+
+
+def test_a_kept_prefix_is_as_good_as_a_computed_one(model: LlamaModel, whole: np.ndarray) -> None:
+    prefill(model, 0, 150)
+    model.run([piece("a", 0, 150, (5, 6, 7))])
+    model.place([Place(slot=0, source=0, keep_tokens=40)])
+    rows = model.run([piece("b", 0, 40, PROMPT[40:])])
+    assert np.array_equal(model.logits(rows["b"]), whole)
+
+
+def test_a_chain_of_copies_in_one_step_holds(model: LlamaModel, whole: np.ndarray) -> None:
+    prefill(model, 0, 150)
+    places = [
+        Place(slot=1, source=0, keep_tokens=120),
+        Place(slot=2, source=1, keep_tokens=110),
+        Place(slot=0, source=0, keep_tokens=0),
+    ]
+    model.place(places)
+    rows = model.run([piece("c", 2, 110, PROMPT[110:]), piece("d", 0, 0, PROMPT[:9])])
+    assert np.array_equal(model.logits(rows["c"]), whole)
+
+
+def test_a_model_with_sliding_windows_is_known_to_be_uncuttable(tmp_path: Path) -> None:
+    windowed = load(write_tiny_model(tmp_path / "window.gguf", window=16))
+    assert not windowed.prefixes_reusable
+    rows = windowed.run([piece("a", 0, 0, PROMPT)])
+    cold = windowed.logits(rows["a"]).copy()
+    windowed.place([Place(slot=0, source=0, keep_tokens=0)])
+    rows = windowed.run([piece("b", 0, 0, PROMPT)])
+    assert np.array_equal(windowed.logits(rows["b"]), cold)
+    windowed.close()
+
+
+# --- text and templates ------------------------------------------------------------------------
+
+
+def test_text_survives_tokenizing_and_pieces(model: LlamaModel) -> None:
+    text = "the field mesh é 中文 🙂\n\ttabs"
+    assert b"".join(map(model.piece, model.tokenize(text, add_bos=True))).decode() == text
+
+
+def test_control_tokens_are_recognised_and_have_no_text(model: LlamaModel) -> None:
+    assert model.tokenize("a</s>", add_bos=False)[-1] == 2
+    assert model.piece(2) == b""
+    assert model.end_tokens == {2}
+    assert (model.bos, model.eos) == ("<s>", "</s>")
+
+
+# --- sampling ----------------------------------------------------------------------------------
+
+
+def draws(model: LlamaModel, sampling: Sampling, count: int, *, start: int = 0, seed: int = 3) -> list[int]:
+    """Tokens drawn from one and the same logits, at ``start`` and after."""
+    row = model.run([piece("a", 0, 0, PROMPT)])["a"]
+    logits = model.logits(row).copy()
+    sampler = model.sampler(sampling, seed, (), PROMPT)
+    drawn = []
+    for index in range(start, start + count):
+        model.logits(row)[:] = logits
+        drawn.append(sampler.draw(row, index))
+    sampler.close()
+    model.place([Place(slot=0, source=0, keep_tokens=0)])
+    return drawn
+
+
+WARM = Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def test_temperature_zero_takes_the_likeliest(model: LlamaModel, whole: np.ndarray) -> None:
+    assert draws(model, Sampling(temperature=0), 3) == [int(whole.argmax())] * 3
+
+
+def test_a_draw_depends_on_seed_and_index_only(model: LlamaModel) -> None:
+    ten = draws(model, WARM, 10)
+    assert len(set(ten)) > 3
+    assert draws(model, WARM, 4, start=6) == ten[6:]
+    assert draws(model, WARM, 10, seed=4) != ten
+
+
+def test_top_k_one_is_greedy(model: LlamaModel, whole: np.ndarray) -> None:
+    assert set(draws(model, replace(WARM, top_k=1), 8)) == {int(whole.argmax())}
+
+
+def test_top_k_top_p_and_min_p_keep_to_the_likeliest(model: LlamaModel, whole: np.ndarray) -> None:
+    order = np.argsort(-whole)
+    probabilities = np.exp(whole[order] / 1.0 - whole.max())
+    probabilities /= probabilities.sum()
+    one = replace(WARM, temperature=1.0)
+    assert set(draws(model, replace(one, top_k=4), 60)) <= set(order[:4].tolist())
+    nucleus = int(np.searchsorted(np.cumsum(probabilities), 0.3)) + 1
+    assert set(draws(model, replace(one, top_p=0.3), 60)) <= set(order[:nucleus].tolist())
+    enough = order[probabilities >= 0.5 * probabilities[0]]
+    assert set(draws(model, replace(one, min_p=0.5), 60)) <= set(enough.tolist())
+
+
+def test_draws_follow_the_models_probabilities(model: LlamaModel, whole: np.ndarray) -> None:
+    """The ten likeliest tokens come as often as they should (within five standard deviations)."""
+    probabilities = np.exp((whole - whole.max()) / 1.0)
+    probabilities /= probabilities.sum()
+    count = 2000
+    drawn = np.bincount(draws(model, replace(WARM, temperature=1.0), count), minlength=len(whole))
+    for token in np.argsort(-probabilities)[:10]:
+        expected = count * probabilities[token]
+        assert abs(drawn[token] - expected) < 5 * np.sqrt(expected)
+
+
+def test_presence_and_frequency_penalties_count_the_answer_alone(model: LlamaModel) -> None:
+    plain = Sampling(temperature=0)
+    (first,) = set(draws(model, plain, 4))
+    penalised = draws(model, replace(plain, presence_penalty=2.0, frequency_penalty=2.0), 6)
+    assert penalised[0] == first
+    assert len(set(penalised)) > 1
+
+
+def test_a_repetition_penalty_counts_the_prompt_too(model: LlamaModel, whole: np.ndarray) -> None:
+    seen = np.array(sorted(set(PROMPT)))
+    penalised = whole.copy()
+    penalised[seen] = np.where(whole[seen] > 0, whole[seen] / 5, whole[seen] * 5)
+    (token,) = draws(model, Sampling(temperature=0, repetition_penalty=5.0), 1)
+    assert token == int(penalised.argmax())
+
+
+def test_the_end_is_never_drawn_where_it_is_ignored_nor_too_early(model: LlamaModel) -> None:
+    row = model.run([piece("a", 0, 0, PROMPT)])["a"]
+    for sampling, index, may_end in [
+        (Sampling(temperature=0, ignore_eos=True), 50, False),
+        (Sampling(temperature=0, min_tokens=5), 4, False),
+        (Sampling(temperature=0, min_tokens=5), 5, True),
+        (Sampling(temperature=1, top_k=1, ignore_eos=True), 50, False),
+        (Sampling(temperature=1, top_k=1, min_tokens=5), 4, False),
+        (Sampling(temperature=1, top_k=1, min_tokens=5), 5, True),
+    ]:
+        model.logits(row)[2] = 1000.0
+        sampler = model.sampler(sampling, 1, (), PROMPT)
+        assert (sampler.draw(row, index) == 2) is may_end
+        sampler.close()
+
+
+def test_seeds_are_well_mixed() -> None:
+    drawn = {draw_seed(seed, index) for seed in range(100) for index in range(100)}
+    assert len(drawn) > 9990
+    assert all(0 <= value < 1 << 32 for value in drawn)
