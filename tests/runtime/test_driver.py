@@ -16,11 +16,22 @@ from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import Identity as MeshIdentity
 from fieldmesh.core.mesh import JoinHint, Mesh, OfferChanged
 from fieldmesh.core.messages import Goodbye
-from fieldmesh.core.model import Address, Domain, EngineState, Load, Member, MeshView, NodeState, ProfileOffer
+from fieldmesh.core.model import (
+    Address,
+    Domain,
+    EngineState,
+    Load,
+    Member,
+    MeshView,
+    NodeId,
+    NodeState,
+    ProfileOffer,
+)
 from fieldmesh.rpc import wire
 from fieldmesh.runtime.driver import SAVES_WAITING_MAX, Driver, Saver
+from fieldmesh.runtime.gate import CONTROL_METHOD, Caller
 from fieldmesh.runtime.identity import EnvelopeSealer, Identity
-from fieldmesh.runtime.links import CONTROL_METHOD, NODE_METADATA, LinksConfig, server_options
+from fieldmesh.runtime.links import LinksConfig, server_options
 
 PATIENCE_S = 15
 
@@ -177,10 +188,10 @@ async def test_observers_get_the_present_view_and_each_new_one() -> None:
 async def test_nonsense_on_a_stream_is_counted_and_survived() -> None:
     async with running("anna") as a, running("bert") as b:
         foreign = wire.encode(b.id, Goodbye(incarnation=1, sequence=1))
-        async with grpc.aio.insecure_channel(str(a.address)) as channel:
-            call: grpc.aio.StreamUnaryCall[bytes, bytes] = channel.stream_unary(CONTROL_METHOD)(
-                metadata=((NODE_METADATA, "c" * 32),)
-            )
+        carl = Caller(node=NodeId("c" * 32), mesh="driven").user_agent()
+        options = (("grpc.primary_user_agent", carl),)
+        async with grpc.aio.insecure_channel(str(a.address), options=options) as channel:
+            call: grpc.aio.StreamUnaryCall[bytes, bytes] = channel.stream_unary(CONTROL_METHOD)()
             for data in (b"", b"\xff" * 100, foreign):
                 await call.write(data)
             await call.done_writing()

@@ -21,6 +21,7 @@ from fieldmesh.core.mesh import Effect, Event, LeaveRequested, LinkFailed, LoadC
 from fieldmesh.core.model import Address, Load, MeshView, NodeId
 from fieldmesh.rpc import wire
 from fieldmesh.runtime import log
+from fieldmesh.runtime.gate import Caller, Gate
 from fieldmesh.runtime.links import Links, LinksConfig, Receiver
 
 VIEW_INTERVAL_S = 0.02
@@ -44,7 +45,8 @@ class Storage(Protocol):
 class Driver:
     """One node's mesh, alive. Belongs to one event loop; every method is called in it.
 
-    ``receiver.handler()`` goes to the peer's server; ``links`` gives the channels to peers.
+    ``receiver.handler()`` and the interceptor ``gate`` go to the peer's server; ``links`` gives the channels
+    to peers.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Driver:
         storage: Storage,
         links_config: LinksConfig | None = None,
     ) -> None:
-        self.links = Links(local, self._link_failed, links_config)
+        caller = Caller(node=local, mesh=mesh.membership.mesh)
+        self.gate = Gate(caller)
+        self.links = Links(caller, self._link_failed, links_config)
         self.receiver = Receiver(self._received, links_config)
         self.malformed = 0
         self._mesh = mesh

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -23,17 +22,9 @@ import grpc.aio
 
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, TooManyStreams
 from fieldmesh.core.model import Address, NodeId
-from fieldmesh.rpc.errors import error_metadata
 from fieldmesh.rpc.wire import CONTROL_BYTES_MAX
+from fieldmesh.runtime.gate import CONTROL_METHOD, Caller, Context, caller_of, refuse
 
-CONTROL_METHOD = "/fieldmesh.v1.PeerService/Control"
-NODE_METADATA = "fieldmesh-node"
-"""Metadata of a control stream: the id of the node that sends on it."""
-
-_NODE_ID = re.compile(r"[0-9a-f]{32}")
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-Context = grpc.aio.ServicerContext[Any, Any]
 Options = Sequence[tuple[str, int | str]]
 
 
@@ -52,6 +43,7 @@ class LinksConfig:
     outgoing_bytes_max: int = 4 * 1024 * 1024
     peers_max: int = 1024
     streams_per_peer_max: int = 4
+    received_per_s_max: int = 1000
     idle_close_s: float = 300.0
     idle_sweep_s: float = 30.0
     grace_s: float = 600.0
@@ -77,9 +69,10 @@ OnReceived = Callable[[NodeId, bytes], None]
 """A message came on a stream that this node opened."""
 
 
-def channel_options(config: LinksConfig, lane: Lane) -> Options:
+def channel_options(config: LinksConfig, lane: Lane, local: Caller) -> Options:
     """What a client connection of this kind is made with."""
     return (
+        ("grpc.primary_user_agent", local.user_agent()),
         ("grpc.use_local_subchannel_pool", 1),  # else equal options would share one connection
         ("grpc.initial_reconnect_backoff_ms", int(config.reconnect_s_min * 1000)),
         ("grpc.min_reconnect_backoff_ms", int(config.connect_timeout_s * 1000)),  # this is what it does
@@ -122,18 +115,18 @@ class Links:
 
     def __init__(
         self,
-        local: NodeId,
+        local: Caller,
         on_failed: OnFailed,
         config: LinksConfig | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.config = config or LinksConfig()
-        self.metadata = ((NODE_METADATA, local),)
+        self.local = local
         self.credentials = credentials
         self.on_failed = on_failed
         self.sent = self.dropped = self.failures = 0
         self._links: dict[Address, _Link] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], _Link] = {}
         self._closed = False
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -157,8 +150,16 @@ class Links:
         link = self._links.pop(address, None)
         if link is not None:
             task = asyncio.get_running_loop().create_task(link.close(self.config.grace_s))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._closing[task] = link
+            task.add_done_callback(lambda _: self._closing.pop(task, None))
+
+    def reconnect(self) -> None:
+        """Begin all connections anew: they led from an address that this box has no longer.
+
+        Without a word from the other side it would take gRPC some seconds to find out.
+        """
+        for address in list(self._links):
+            self.forget(address)
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until what was sent to connected peers has left, for a goodbye; at most ``timeout_s``."""
@@ -175,11 +176,12 @@ class Links:
         self._closed = True
         if self._sweep is not None:
             self._sweep.cancel()
-        closing = [link.close(None) for link in self._links.values()]
+        links = [*self._links.values(), *self._closing.values()]
         self._links.clear()
         for task in self._closing:
             task.cancel()
-        await asyncio.gather(*closing, *self._closing, return_exceptions=True)
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        await asyncio.gather(*(link.close(None) for link in links))
 
     def addresses(self) -> tuple[Address, ...]:
         """Addresses that have connections, the longest unused first."""
@@ -241,7 +243,7 @@ class _Link:
     def channel(self, lane: Lane) -> grpc.aio.Channel:
         channel = self._channels.get(lane)
         if channel is None:
-            options = channel_options(self._links.config, lane)
+            options = channel_options(self._links.config, lane, self._links.local)
             target, credentials = _target(self._address), self._links.credentials
             if credentials is None:
                 channel = grpc.aio.insecure_channel(target, options=options)
@@ -276,7 +278,7 @@ class _Link:
         """Write what is to be sent until the stream ends; returns why it did."""
         call: grpc.aio.StreamUnaryCall[bytes, bytes] = self.channel(Lane.CONTROL).stream_unary(
             CONTROL_METHOD
-        )(metadata=self._links.metadata)
+        )()
         call.add_done_callback(lambda _: self._wake.set())
         try:
             await call.wait_for_connection()
@@ -342,12 +344,12 @@ class Receiver:
         return grpc.method_handlers_generic_handler(service, {method: receive})
 
     async def _receive(self, messages: AsyncIterator[bytes], context: Context) -> bytes:
-        sender = _sender(context)
-        if sender is None:
+        caller = caller_of(context.invocation_metadata())
+        if caller is None:
             await self._refuse(
-                context, InvalidRequest(f"{NODE_METADATA} must be 32 hex digits", field=NODE_METADATA)
+                context, InvalidRequest("Control messages come from nodes only", field="user-agent")
             )
-        elif sender not in self._streams and len(self._streams) >= self.config.peers_max:
+        elif caller.node not in self._streams and len(self._streams) >= self.config.peers_max:
             await self._refuse(
                 context,
                 TooManyStreams(
@@ -355,7 +357,7 @@ class Receiver:
                 ),
             )
         else:
-            await self._listen(sender, messages, context)
+            await self._listen(caller.node, messages, context)
         return b""
 
     async def _listen(self, sender: NodeId, messages: AsyncIterator[bytes], context: Context) -> None:
@@ -366,7 +368,9 @@ class Receiver:
         if len(tasks) > self.config.streams_per_peer_max:
             tasks.pop(0).cancel()
         try:
+            pace = _Pace(self.config.received_per_s_max)
             async for message in messages:
+                await pace.keep()
                 if len(message) > self.config.control_message_bytes_max:
                     self.refused += 1
                 else:
@@ -387,11 +391,22 @@ class Receiver:
 
     async def _refuse(self, context: Context, error: FieldmeshError) -> None:
         self.refused += 1
-        await context.abort(_CODES[error.status.value], error.message, error_metadata(error))
+        await refuse(context, error)
 
 
-def _sender(context: Context) -> NodeId | None:
-    for key, value in context.invocation_metadata() or ():
-        if key == NODE_METADATA and isinstance(value, str) and _NODE_ID.fullmatch(value):
-            return NodeId(value)
-    return None
+class _Pace:
+    """Holds a stream to so many messages a second by reading no faster: gRPC's flow control does the rest."""
+
+    def __init__(self, messages_per_s_max: int) -> None:
+        self._messages_per_s_max = messages_per_s_max
+        self._time = asyncio.get_running_loop().time
+        self._window_ends = self._time() + 1.0
+        self._messages = 0
+
+    async def keep(self) -> None:
+        now = self._time()
+        if now >= self._window_ends:
+            self._window_ends, self._messages = now + 1.0, 0
+        self._messages += 1
+        if self._messages > self._messages_per_s_max:
+            await asyncio.sleep(self._window_ends - now)
