@@ -146,21 +146,21 @@ def test_explain_shows_the_candidates(cli: Commands, node: ScriptedNode) -> None
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "said"),
     [
-        (InvalidRequest("bad"), 2),
-        (QueueFull("full", retry_after_s=60.0), 3),
-        (ModelNotFound("none"), 4),
-        (HopLimit("far"), 1),
+        (InvalidRequest("bad"), 2, "bad [INVALID_REQUEST]"),
+        (QueueFull("full", retry_after_s=60.0), 3, "full (try again in 60 s) [QUEUE_FULL]"),
+        (ModelNotFound("none"), 4, "none [MODEL_NOT_FOUND]"),
+        (HopLimit("far"), 1, "far [HOP_LIMIT]"),
     ],
 )
 def test_each_kind_of_error_has_its_exit_code(
-    cli: Commands, node: ScriptedNode, error: FieldmeshError, code: int
+    cli: Commands, node: ScriptedNode, error: FieldmeshError, code: int, said: str
 ) -> None:
     node.script.append(refuses(error))
     assert cli("ask", "--node", str(node.address), "hello") == code
     assert cli.out == ""
-    assert cli.err == f"fieldmesh: {error.message} [{error.code}]\n"
+    assert cli.err == f"fieldmesh: {said}\n"
 
 
 def test_a_stream_that_breaks_ends_its_line_and_says_so(cli: Commands, node: ScriptedNode) -> None:
@@ -204,6 +204,11 @@ def test_wrong_usage_exits_2(cli: Commands, line: list[str]) -> None:
 
 def test_what_a_model_says_cannot_steer_the_terminal() -> None:
     assert printable("a\x1b[31mb\x07\r\n\tc\x9b\u200bü") == "a[31mb\n\tc\u200bü"
+
+
+def test_a_question_that_is_no_text_is_refused(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("ask", "--node", str(node.address), "a\udcffb") == 2
+    assert "cannot be sent" in cli.err
 
 
 # --- chat --------------------------------------------------------------------------------
@@ -349,6 +354,9 @@ def test_config_check_tells_values_and_sources(
     assert "FIELDMESH_ENGINE_SLOTS" not in cli.out
     assert cli("-v", "config", "check") == 0
     assert "FIELDMESH_ENGINE_SLOTS" in cli.out
+    monkeypatch.setenv("FIELDMESH_PROFILE", "nobody")
+    assert cli("config", "check") == 2
+    assert "no profile 'nobody'" in cli.err
     (tmp_path / "fieldmesh.toml").write_text("[engine]\nslot = 2\n")
     assert cli("config", "check") == 2
     assert "did you mean engine.slots?" in cli.err
@@ -455,6 +463,34 @@ def test_ctrl_c_stops_the_answer_at_the_node_and_exits_130(
     assert process.returncode == 130
     assert "Traceback" not in err
     loop(asyncio.wait_for(node.cancelled.wait(), 20))
+
+
+def test_ctrl_c_in_a_talk_stops_the_answer_and_keeps_what_was_said(
+    node: ScriptedNode, loop: Callable[[Any], Any]
+) -> None:
+    node.script.append(hangs(after=("half",)))
+    process = start("chat", "--node", str(node.address), stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("first\n")
+    process.stdin.flush()
+    assert process.stdout.read(4) == "half"
+    process.send_signal(signal.SIGINT)
+    loop(asyncio.wait_for(node.cancelled.wait(), 20))
+    out, err = process.communicate("second\n", timeout=20)
+    assert (process.returncode, out) == (0, "\nalpha\n")
+    assert "stopped" in err
+    assert [turn.content for turn in node.requests[-1].messages] == ["first", "half", "second"]
+
+
+def test_an_encoding_that_lacks_a_character_is_no_failure(node: ScriptedNode) -> None:
+    node.script.append(answers("grüß → dich"))
+    process = start(
+        "ask", "--node", str(node.address), "hello", env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "gr?? ? dich\n")
+    assert "Traceback" not in err
 
 
 def test_a_reader_that_leaves_is_no_reason_to_complain(node: ScriptedNode) -> None:

@@ -158,6 +158,12 @@ def test_a_general_question_is_asked_through_a_specialist(cli: Commands, stand_i
     assert "Asking through code" in cli.err
 
 
+def test_without_a_terminal_one_question_is_asked(cli: Commands, stand_ins: None) -> None:
+    assert cli("up", "general", "code", "--first-port", str(FIRST_PORT)) == 0
+    assert f"Asking through general: {up.SAMPLE_QUESTION}" in cli.err
+    assert cli.out == "general\n"
+
+
 def test_a_mesh_of_equal_profiles_has_names_of_its_own(cli: Commands, stand_ins: None) -> None:
     line = ("up", "general", "general", "--first-port", str(FIRST_PORT), "--mesh", "m", "--ask", "hello")
     assert cli(*line) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fieldmesh.client import AsyncClient, Client, Message, Persistence, Result
+from fieldmesh.client import AsyncClient, Client, Message, Persistence, Result, discovery
 from fieldmesh.core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -186,6 +186,29 @@ async def test_short_calls_return_records(driver: Driver, start: Start) -> None:
     assert node.aborted == ["r"]
 
 
+# --- finding nodes -----------------------------------------------------------------------
+
+
+async def test_without_seeds_nodes_of_the_mesh_are_looked_for(
+    driver: Driver, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await start("alpha")
+    found: dict[str, list[tuple[Address, ...]]] = {"home": [(node.address,)]}
+
+    async def browse_async(mesh: str, timeout_s: float) -> list[tuple[Address, ...]]:
+        return found.get(mesh, [])
+
+    def browse(mesh: str, timeout_s: float) -> list[tuple[Address, ...]]:
+        return asyncio.run(browse_async(mesh, timeout_s))
+
+    monkeypatch.setattr(discovery, "browse", browse)
+    monkeypatch.setattr(discovery, "browse_async", browse_async)
+    assert (await driver.connect(mesh="home").ask()).served_by == "alpha"
+    await driver.call("close")
+    with pytest.raises(NodeUnreachable, match="No node is known"):
+        await driver.connect(mesh="elsewhere").ask()
+
+
 # --- surviving loss ----------------------------------------------------------------------
 
 
@@ -335,14 +358,16 @@ async def test_lost_tokens_are_noticed(driver: Driver, start: Start) -> None:
 
 
 async def test_the_deadline_covers_all_attempts(driver: Driver, start: Start) -> None:
-    node = await start("alpha", hangs(), refuses(Draining("leaving")))
+    node = await start("alpha", hangs(), refuses(Draining("leaving", retry_after_s=9.0)))
     driver.connect(node, timeout_s=0.2)
     with pytest.raises(DeadlineExceeded):
         await driver.ask()
     await node.cancelled.wait()
     # A pause beyond the deadline is not begun: the error says what was wrong instead.
     with pytest.raises(Draining):
-        await asyncio.wait_for(driver.ask(timeout_s=0.005), 10)
+        await asyncio.wait_for(driver.ask(timeout_s=8.0), 6)
+    with pytest.raises(InvalidRequest):
+        await driver.call("nodes", timeout_s=-1.0)
 
 
 async def test_another_program_behind_the_address_is_named_as_such(driver: Driver) -> None:
@@ -368,6 +393,9 @@ async def test_another_program_behind_the_address_is_named_as_such(driver: Drive
         ({"max_tokens": 2**40}, ""),
         ({"seed": -1}, ""),
         ({"temperature": "hot"}, ""),
+        ({"timeout_s": 0.0}, "timeout_s"),
+        ({"timeout_s": float("nan")}, "timeout_s"),
+        ({"timeout_s": 1e9}, "timeout_s"),
     ],
 )
 async def test_what_cannot_be_sent_is_refused_here(

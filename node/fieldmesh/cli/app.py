@@ -3,7 +3,9 @@ codes."""
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -72,6 +74,11 @@ def version(as_json: asking.Json = False) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Every error is one sentence on stderr (with --debug a
     traceback)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows another
+            stream.reconfigure(errors="replace")
+    # What gRPC has to say about a refused connection or a taken port is said by our errors, in words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="fieldmesh")
     except SystemExit as left:  # how typer ends: done, wrong usage, interrupted, or its reader gone
@@ -79,7 +86,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except FieldmeshError as error:
         if terminal.VERBOSITY.debug:
             raise
-        terminal.complain(f"{error.message} [{error.code}]")
+        terminal.complain(terminal.sentence(error))
         if isinstance(error, NodeUnreachable):
             terminal.say(
                 "Is a node running there? `fieldmesh up` starts some on this box, --node names another."

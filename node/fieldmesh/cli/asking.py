@@ -106,8 +106,8 @@ def stream_answer(stream: Stream) -> Result:
     try:
         for chunk in stream:
             if chunk.text:
-                terminal.write(chunk.text)
                 ends_line = chunk.text.endswith("\n")
+                terminal.write(chunk.text)
     finally:
         if not ends_line:
             terminal.write("\n")
@@ -250,5 +250,5 @@ def _turn(client: Client, turns: list[Message], options: dict[str, Any]) -> str:
             except ConfigError:
                 raise
             except FieldmeshError as error:
-                terminal.complain(f"{error.message} [{error.code}]")
+                terminal.complain(terminal.sentence(error))
                 return ""

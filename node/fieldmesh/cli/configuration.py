@@ -19,9 +19,11 @@ def group() -> None:
 @app.command()
 def check(config: ConfigFile = None, as_json: Json = False) -> None:
     """Check the configuration; print every value and where it comes from (-v: and what it is for)."""
+    from fieldmesh import profiles
     from fieldmesh.config import load, options
 
     loaded = load(file=config)
+    profiles.load(loaded.config.node.profile)
     values = loaded.values()
     if as_json:
         entries = {

@@ -53,6 +53,12 @@ def exit_code(error: FieldmeshError) -> int:
     return _EXIT_CODES.get(error.status, FAILURE)
 
 
+def sentence(error: FieldmeshError) -> str:
+    """What ``error`` says to a person, with the code that scripts and manuals know it by."""
+    again = f" (try again in {error.retry_after_s:.3g} s)" if error.retry_after_s is not None else ""
+    return f"{error.message}{again} [{error.code}]"
+
+
 def say(text: str) -> None:
     """A message for the person, unless --quiet."""
     if not VERBOSITY.quiet:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PROFILES: Final = ("general", "code", "health")
 SERVE: Final = (sys.executable, "-m", "fieldmesh", "serve")
 NODES_MAX: Final = 32
+SAMPLE_QUESTION: Final = "Write a function that adds two numbers"
 FIRST_PORT: Final = 7420
 WATCH_INTERVAL_S: Final = 0.2
 
@@ -52,7 +53,10 @@ def up(
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer to --ask at most.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Configuration file of all nodes.")] = None,
 ) -> None:
-    """Run a mesh of several nodes on this box, and talk with it. Everything ends with this command."""
+    """Run a mesh of several nodes on this box, and talk with it. Everything ends with this command.
+
+    Without a terminal to talk on, it asks one question and ends; --no-chat keeps the mesh up.
+    """
     from fieldmesh.cli.children import Children
     from fieldmesh.cli.serving import need_node_packages
     from fieldmesh.config import load
@@ -73,6 +77,8 @@ def up(
     command = [*SERVE, "--threads", str(loaded.config.engine.threads or _share_of_cores(len(chosen)))]
     command += ["--mesh", plans[0].state_folder.parent.name, "--drain-timeout-s", "2"]
     command += ["--config", str(loaded.file)] if loaded.file else []
+    if ask is None and chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        ask = SAMPLE_QUESTION
     began = time.monotonic()
     with Children(plans, command) as children:
         _wait(children, start_timeout_s)
@@ -81,7 +87,7 @@ def up(
             _show(children.running, found)
         if ask is not None:
             _ask(ask, children.running, found, max_tokens)
-        elif chat and sys.stdin.isatty() and sys.stdout.isatty():
+        elif chat:
             _chat(children.running)
         else:
             _stay(children)

@@ -149,6 +149,7 @@ class AsyncClient:
         return AsyncStream(self, asked, options.get("timeout_s", self._timeout_s))
 
     async def _begin(self, timeout_s: float | None) -> Attempts:
+        deadline = calls.deadline(timeout_s, time.monotonic())
         if self._closed:
             raise Cancelled("This client is closed.")
         if len(self._book) == 0:
@@ -157,7 +158,6 @@ class AsyncClient:
 
             found = await browse_async(self._mesh, calls.DISCOVERY_TIMEOUT_S)
             self._book = AddressBook(address for node in found for address in node)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return Attempts(self._book, self._persistence, deadline)
 
     async def _unary(self, stub: type[Any], method: str, request: object, timeout_s: float | None) -> Any:

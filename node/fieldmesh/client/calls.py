@@ -6,6 +6,8 @@ Must not: open a channel or wait for anything.
 
 from __future__ import annotations
 
+import math
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, Protocol, TypedDict
@@ -35,6 +37,7 @@ ANSWER_BYTES_MAX: Final = 16 * 1024 * 1024
 UNARY_TIMEOUT_S: Final = 15.0
 UNARY_ATTEMPT_TIMEOUT_S: Final = 3.0
 DISCOVERY_TIMEOUT_S: Final = 3.0
+TIMEOUT_MAX_S: Final = 86_400.0
 REFRESH_TIMEOUT_S: Final = 2.0
 CHANNELS_MAX: Final = 32
 
@@ -200,6 +203,12 @@ def tokenize_request(turns_or_text: Turns, options: TargetOptions) -> inference_
         raise InvalidRequest(f"The request cannot be sent as it is: {error}") from error
 
 
+# What the library says before the reason why it could not connect.
+_CONNECTING: Final = re.compile(
+    r"^failed to connect to all addresses; last error: (\w+: )?(\S+: )?(Failed to connect to remote host: )?"
+)
+
+
 class Failure(Protocol):
     """What the synchronous and the asynchronous library tell of a failed call."""
 
@@ -214,7 +223,7 @@ def translated(failure: Failure, asked: Address) -> FieldmeshError:
     details = next((value for key, value in failure.trailing_metadata() or () if key == DETAILS_KEY), None)
     if not isinstance(details, bytes):
         if code is grpc.StatusCode.UNAVAILABLE:
-            reason = said.rpartition("Failed to connect to remote host: ")[2] or "it is gone"
+            reason = _CONNECTING.sub("", said) or "it is gone"
             return NodeUnreachable(f"{asked} cannot be reached: {reason}", metadata={"address": str(asked)})
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return ProtocolMismatch(
@@ -223,11 +232,25 @@ def translated(failure: Failure, asked: Address) -> FieldmeshError:
             )
         if code is grpc.StatusCode.UNKNOWN:
             return Internal(f"{asked} failed on this request: {said}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded("The answer did not come in the time given for it.", field="timeout_s")
         if code is grpc.StatusCode.CANCELLED:
             return Cancelled("The call was cancelled.")
         details = None
     number: int = code.value[0]
     return error_from_status(number, said, details)
+
+
+def deadline(timeout_s: float | None, now: float) -> float | None:
+    """When a call that begins now must have ended. Raises InvalidRequest."""
+    if timeout_s is None:
+        return None
+    if not (math.isfinite(timeout_s) and 0 < timeout_s <= TIMEOUT_MAX_S):
+        raise InvalidRequest(
+            f"timeout_s is {timeout_s}; accepted is above 0 to {TIMEOUT_MAX_S:g} seconds, or None",
+            field="timeout_s",
+        )
+    return now + timeout_s
 
 
 def unary_timeout_s(left_s: float | None) -> float:

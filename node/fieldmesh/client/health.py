@@ -23,9 +23,11 @@ def serving(node: str | Address, service: str = "", *, timeout_s: float = 3.0) -
     """Whether ``node`` (client listener, ``host:port``) says SERVING of ``service``; empty: of itself.
 
     A profile is ``fieldmesh.v1.InferenceService/NAME``; one that the node does not have is not serving.
-    Raises NodeUnreachable where nobody answers within ``timeout_s``, ConfigError for what is no address.
+    Raises NodeUnreachable where nobody answers within ``timeout_s``, ConfigError for what is no address,
+    InvalidRequest for a timeout or a service that is none.
     """
     (address,) = calls.seeds(node)
+    calls.deadline(timeout_s, 0.0)
     name = service.encode()
     if len(name) > SERVICE_BYTES_MAX:
         raise InvalidRequest(f"The service's name has more than {SERVICE_BYTES_MAX} bytes.", field="service")

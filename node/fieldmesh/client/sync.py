@@ -146,6 +146,7 @@ class Client:
         return Stream(self, asked, options.get("timeout_s", self._timeout_s))
 
     def _begin(self, timeout_s: float | None) -> Attempts:
+        deadline = calls.deadline(timeout_s, time.monotonic())
         if len(self._book) == 0:
             # Here because zeroconf takes a while to import, and most clients are told their seeds.
             from fieldmesh.client.discovery import browse
@@ -156,7 +157,6 @@ class Client:
             with self._lock:
                 if len(self._book) == 0:
                     self._book = AddressBook(address for node in found for address in node)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return Attempts(self._book, self._persistence, deadline)
 
     def _next(self, attempts: Attempts) -> tuple[Address, float | None]:
