@@ -87,9 +87,7 @@ async def test_running_streams_go_on_while_a_long_prompt_is_read(engine: Engine)
     while not delivered:
         event = await anext(running)
         delivered = len(event.token_ids) if isinstance(event, Chunk) else 0
-    long = engine.submit(
-        job("long", "a long, long story of many words " * 50, replace(GREEDY, max_tokens=1))
-    )
+    long = engine.submit(job("long", "a long, long story of many words " * 50, replace(GREEDY, max_tokens=1)))
     reading = asyncio.create_task(drain(long))
     meanwhile = 0
     while not reading.done():

@@ -90,6 +90,7 @@ def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineIn
 
     model = LlamaModel(settings, lambda share: channel.send([Loading(share)]))
     loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32))
+    loop.warm_up(time.monotonic)
     return loop, _info(settings, header, fingerprint, model, loop)
 
 

@@ -59,7 +59,6 @@ class LlamaModel:
         self._ends = frozenset(
             t for t in range(self.vocabulary_tokens) if lib.llama_vocab_is_eog(self._vocab, t)
         )
-        self._warm_up()
 
     # --- facts ------------------------------------------------------------------------------
 
@@ -175,11 +174,6 @@ class LlamaModel:
         """The logits of one row of the last step: a view that the next step overwrites."""
         pointer = lib.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
-
-    def _warm_up(self) -> None:
-        """Touch all weights once, so that the first request does not pay for page faults."""
-        self.run([Slice(id="", slot=0, position=0, token_ids=(0,), sample=True)])
-        lib.llama_memory_clear(self._memory, True)
 
     def close(self) -> None:
         """Free everything."""

@@ -1,0 +1,67 @@
+"""Goal: templates render as their models expect and can do no harm. Method: examples, hostile ones too."""
+
+from __future__ import annotations
+
+import pytest
+
+from fieldmesh.core.errors import ConfigError, InvalidRequest
+from fieldmesh.core.model import Message
+from fieldmesh.engine.chat import ChatTemplate
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"  # noqa: E501
+USER = Message(role="user", content="hi")
+
+
+def render(source: str, *messages: Message, system_prompt: str = "") -> str:
+    return ChatTemplate(source, bos="<s>", eos="</s>").render(
+        messages or (USER,), system_prompt=system_prompt
+    )
+
+
+def test_messages_render_with_the_start_of_the_answer() -> None:
+    assert render(TEMPLATE) == "<s>[user]hi[assistant]"
+
+
+def test_the_profiles_system_prompt_is_put_first_where_there_is_none() -> None:
+    assert render(TEMPLATE, system_prompt="be kind") == "<s>[system]be kind[user]hi[assistant]"
+
+
+def test_a_conversation_with_its_own_system_prompt_keeps_it() -> None:
+    own = Message(role="system", content="own")
+    assert render(TEMPLATE, own, USER, system_prompt="be kind") == "<s>[system]own[user]hi[assistant]"
+
+
+def test_a_template_that_is_no_jinja_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="not valid Jinja"):
+        render("{% for %}")
+
+
+def test_a_refusal_by_the_template_is_the_callers_error() -> None:
+    with pytest.raises(InvalidRequest, match="roles must alternate"):
+        render("{{ raise_exception('roles must alternate') }}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% for i in range(99999999) %}x{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{{ nothing.at.all }}",
+    ],
+)
+def test_a_hostile_or_broken_template_is_refused(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="chat template refuses"):
+        render(source)
+
+
+def test_tags_and_filters_that_real_templates_use_are_there() -> None:
+    source = (
+        "{% generation %}{{ messages[0] | tojson }}{% endgeneration %}"
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}"
+        "{{ strftime_now('%Y') | length }}"
+    )
+    assert render(source) == '{"role": "user", "content": "hi"}4'
