@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
-from fieldmesh.core.mesh import INCARNATION_KEY, LeaveRequested, Mesh, OfferChanged
-from fieldmesh.core.model import Address
-from simulations.node import Settings, make_key, node_id, profile
+from fieldmesh.core.mesh import INCARNATION_KEY, HintSource, JoinHint, LeaveRequested, Mesh, OfferChanged
+from fieldmesh.core.model import Address, Row
+from fieldmesh.rpc import wire
+from simulations.node import KeyedSealer, Settings, make_key, node_id, profile
 from simulations.world import World
 
 
@@ -24,8 +25,10 @@ class Playground:
     rng: Random
     settings: dict[str, Settings]
     mesh: str
+    mdns: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     trouble_until: dict[str, float] = field(default_factory=dict)
+    frozen_until: dict[str, float] = field(default_factory=dict)
     pair_trouble_until: dict[tuple[str, str], float] = field(default_factory=dict)
     cut_since: dict[tuple[str, str], float] = field(default_factory=dict)
     down_since: dict[str, float] = field(default_factory=dict)
@@ -41,6 +44,17 @@ class Playground:
             self.trouble(label)
             self.ids[node_id(self.settings[label].key)] = label
             self.world.start(label)
+            if self.mdns:
+                self.later(1.1, f"mDNS announces {label}", lambda: self.announce(label))
+
+    def announce(self, label: str) -> None:
+        """Multicast: everybody who runs and is not cut off hears of this host's address, and it of theirs."""
+        for other in self.up():
+            if other == label or (label, other) in self.world.cuts or label not in self.up():
+                continue
+            for teller, hearer in ((label, other), (other, label)):
+                address = self.world.hosts[teller].addresses[0]
+                self.world.post(hearer, JoinHint(address=address, source=HintSource.MDNS))
 
     def stop(self, label: str, *, power: bool = False) -> bool:
         """Kill a host that is up."""
@@ -125,7 +139,7 @@ def freeze(ground: Playground, lasts_s: float) -> None:
     if label is None:
         return
     ground.world.freeze(label, lasts_s)
-    ground.trouble(label, lasts_s)
+    ground.frozen_until[label] = ground.world.time + lasts_s
     ground.down_since.setdefault(label, ground.world.time)
     host = ground.world.hosts[label]
 
@@ -226,17 +240,38 @@ def old_disk(ground: Playground, lasts_s: float) -> None:
 
 
 def vandal(ground: Playground, lasts_s: float) -> None:
-    """A member writes rubbish, or somebody's older row, under another member's key."""
+    """A member writes into the document what it must not: rubbish or an older row under another's key, or a
+    well signed row of another mesh."""
     label, victim = ground.pick(), ground.pick()
     if label is None or victim is None or label == victim:
         return
-    mesh, other = ground.world.hosts[label].machine, ground.world.hosts[victim].machine
-    assert isinstance(mesh, Mesh) and isinstance(other, Mesh)
-    rubbish = ground.rng.randbytes(40)
-    ground.counts["vandal"] += 1
-    mesh.replica._map[node_id(ground.settings[victim].key)] = rubbish
-    mesh.replica._raw[node_id(ground.settings[victim].key)] = rubbish
-    mesh.replica._mark = None
+    mesh = ground.world.hosts[label].machine
+    assert isinstance(mesh, Mesh)
+    key = node_id(ground.settings[victim].key)
+    kind = ground.rng.choice(("rubbish", "older", "foreign"))
+    ground.counts[f"vandal_{kind}"] += 1
+    if kind == "rubbish":
+        mesh.replica._map[key] = ground.rng.randbytes(40)
+    elif kind == "older":
+        held = mesh.replica.rows.get(key)
+        row = wire.decode_row(held.envelope.payload) if held is not None else None
+        if row is not None and row.sequence > 1:
+            older = replace(row, sequence=row.sequence - 1, profiles=())
+            sealer = KeyedSealer(ground.settings[victim].key)
+            mesh.replica._map[key] = sealer.seal(row.incarnation, row.sequence - 1, wire.encode_row(older))
+    else:
+        stranger = make_key(f"stranger {ground.rng.getrandbits(64)}")
+        row = Row(
+            id=node_id(stranger),
+            name="stranger",
+            mesh="another",
+            incarnation=1,
+            sequence=1,
+            addresses=(ground.new_address(),),
+            client_addresses=(),
+        )
+        mesh.replica._map[row.id] = KeyedSealer(stranger).seal(1, 1, wire.encode_row(row))
+    mesh.replica._read(ground.world.hosts[label].local(ground.world.time))
 
 
 FAULTS: dict[str, Fault] = {

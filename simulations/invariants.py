@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fieldmesh.core.mesh import Mesh
-from fieldmesh.core.model import Member, NodeState
+from fieldmesh.core.model import Member, NodeState, Row
 from simulations.faults import Playground
 from simulations.node import node_id
 from simulations.world import Host, InvariantBroken
@@ -16,6 +16,8 @@ from simulations.world import Host, InvariantBroken
 if TYPE_CHECKING:
     from simulations.scenario import Scenario
 
+TOLD_OF_DEAFNESS_S = 0.1
+"""On top of the time to notice: the other side has to say that it does not hear us."""
 STALE_MESSAGES_S = 0.6
 """Duplicates and reordered messages may come this late, and look like signs of life."""
 
@@ -30,6 +32,7 @@ class Watch:
         self.ground = ground
         self.world = ground.world
         self._quiet_at = scenario.virtual_s - scenario.settle_s
+        self._stamps: dict[tuple[str, int, str], tuple[int, int]] = {}
         self._judged: dict[str, tuple[object, float]] = {}
 
     def after_event(self, host: Host) -> None:
@@ -48,7 +51,7 @@ class Watch:
             label = self.ground.ids.get(member.id)
             assert label is not None, f"knows a node that never lived: {member.name} {member.id}"
             if member.row is not None:
-                assert member.row.mesh == self.ground.mesh, f"accepted a row of mesh {member.row.mesh!r}"
+                self._row_only_advances(host, member.row)
             if label == host.label:
                 continue
             if member.state is NodeState.ALIVE:
@@ -85,6 +88,13 @@ class Watch:
                 )
         self._require(len(marks) == 1, f"directories differ at the end: {marks}")
 
+    def _row_only_advances(self, host: Host, row: Row) -> None:
+        """A node never shows an older row of an author than it has shown before in this life."""
+        key = (host.label, host.boots, row.id)
+        stamp = (row.incarnation, row.sequence)
+        assert stamp >= self._stamps.get(key, (0, 0)), f"went back to an older row of {row.name}"
+        self._stamps[key] = stamp
+
     # --- inside ----------------------------------------------------------------------------
 
     def _current_ids(self) -> set[str]:
@@ -102,13 +112,17 @@ class Watch:
         """Nobody who was dead, frozen or cut off for ``notice_s`` is taken for alive."""
         since = self.ground.down_since.get(label)
         cut = self.ground.cut_since.get((label, host.label))
-        if cut is not None and (since is None or cut < since):
-            since = cut
+        deaf = self.ground.cut_since.get((host.label, label))
+        if deaf is not None:  # it learns of that from what the other side says
+            deaf += TOLD_OF_DEAFNESS_S
+        since = min((time for time in (since, cut, deaf) if time is not None), default=None)
         if since is None:
             return
         if self.ground.ids.get(member.id) == label and member.id != node_id(self.ground.settings[label].key):
             return  # an earlier identity of that box
-        watching_since = max(since, self._calm_since(host.label))
+        watching_since = max(
+            since, self._calm_since(host.label), self.ground.frozen_until.get(host.label, 0.0)
+        )
         allowed_s = self.scenario.notice_s + STALE_MESSAGES_S * bool(self.scenario.link.duplicate)
         if self.scenario.late_nodes:
             allowed_s += 4 * self.scenario.late_s_max
@@ -122,9 +136,14 @@ class Watch:
             return
         if (label, host.label) in self.ground.cut_since or (host.label, label) in self.ground.cut_since:
             return
+        accused = member.state in (NodeState.SUSPECT, NodeState.DEAD)
         calm_since = max(
             calm_since,
+            0.0
+            if accused
+            else self.ground.frozen_until.get(host.label, 0.0),  # who was frozen accuses nobody
             self._calm_since(label),
+            self.ground.frozen_until.get(label, 0.0),
             self.ground.pair_trouble_until.get((label, host.label), 0.0),
         )
         assert now - calm_since <= self.scenario.patience_s, (

@@ -54,6 +54,7 @@ class Scenario:
     notice_s: float = 2.0
     patience_s: float = 15.0
     seeds_known: int = 2
+    mdns: bool = False
     seeds_swept: int = 500
     checks_alive: bool = True
     clock_offset_s_max: float = 1000.0
@@ -123,7 +124,9 @@ def build(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[World
         **scenario.mesh,
     )
     addresses = [Address(host=f"10.0.0.{index + 1}", port=PORT) for index in range(scenario.nodes)]
-    ground = Playground(world=world, rng=Random(world.random.getrandbits(64)), settings={}, mesh=MESH)
+    ground = Playground(
+        world=world, rng=Random(world.random.getrandbits(64)), settings={}, mesh=MESH, mdns=scenario.mdns
+    )
     for index, address in enumerate(addresses):
         label = f"n{index}"
         settings = Settings(
