@@ -139,6 +139,20 @@ def ends_early(*texts: str) -> Act:
     return act
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """The standard servicer, silent while its node is frozen."""
+
+    def __init__(self, node: ScriptedNode) -> None:
+        super().__init__()
+        self._node = node
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        self._node.health_asked.set()
+        if self._node.frozen:
+            await asyncio.Event().wait()
+        return await super().Check(request, context)
+
+
 @dataclass
 class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
     """One node. ``script`` is taken from the front by Generate and Chat; without one it answers its name."""
@@ -152,7 +166,9 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
     listed: asyncio.Event = field(default_factory=asyncio.Event)
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    health_asked: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
+    frozen: bool = False
 
     @property
     def id(self) -> str:
@@ -166,7 +182,7 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         add_InferenceServiceServicer_to_server(self, self.server)
         add_MeshServiceServicer_to_server(self, self.server)
-        self.health = health.aio.HealthServicer()
+        self.health = _Health(self)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         await self.tell_health("", serves=True)
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")

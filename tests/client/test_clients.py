@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fieldmesh.client import AsyncClient, Client, Message, Persistence, Result, discovery
+from fieldmesh.client import AsyncClient, Client, Message, Persistence, Result, calls, discovery
 from fieldmesh.core.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -258,6 +258,33 @@ async def test_a_node_that_dies_mid_stream_ends_it_with_the_count_of_tokens(
     assert caught.value.metadata["cause"] == "NODE_UNREACHABLE"
     assert stream.text == "ab"
     assert not other.requests
+
+
+async def test_a_node_that_froze_since_it_last_spoke_is_left_for_another(
+    driver: Driver, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "SILENCE_S", 0.0)
+    monkeypatch.setattr(calls, "PROBE_TIMEOUT_S", 0.2)
+    frozen, other = await start("frozen"), await start("other")
+    driver.connect(frozen, other)
+    assert (await driver.ask()).served_by == "frozen"
+    frozen.frozen, frozen.script = True, [hangs()]
+    assert (await asyncio.wait_for(driver.ask(), 10)).served_by == "other"
+    await asyncio.wait_for(frozen.cancelled.wait(), 10)
+
+
+async def test_a_slow_answer_of_a_node_that_lives_is_waited_for(
+    driver: Driver, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "SILENCE_S", 0.0)
+
+    async def slow(node: ScriptedNode, request: Any, context: Any) -> AsyncIterator[Any]:
+        await asyncio.wait_for(node.health_asked.wait(), 10)
+        async for entry in answers("late")(node, request, context):
+            yield entry
+
+    node, other = await start("alpha", slow), await start("other")
+    assert (await driver.connect(node, other).ask()).text == "late"
 
 
 @pytest.mark.parametrize("error", [Draining("leaving"), EngineLost("gone")])

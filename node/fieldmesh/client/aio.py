@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -30,10 +30,21 @@ from fieldmesh.v1.mesh_pb2_grpc import MeshServiceStub
 
 @dataclass(slots=True)
 class _Link:
-    """A channel to one node, and how many calls are using it."""
+    """A channel to one node. ``waiting`` holds calls that have heard nothing yet, ``silent`` those given
+    up.
+    """
 
     channel: grpc.aio.Channel
+    heard_at: float
     calls: int = 0
+    waiting: set[Any] = field(default_factory=set)
+    silent: set[Any] = field(default_factory=set)
+    probe: asyncio.Task[None] | None = None
+
+    def heard(self, call: object) -> None:
+        """The node has said something."""
+        self.heard_at = time.monotonic()
+        self.waiting.discard(call)
 
 
 class AsyncClient:
@@ -128,10 +139,13 @@ class AsyncClient:
     async def close(self) -> None:
         """Close all channels; streams that still run end with Cancelled."""
         self._closed = True
-        if self._refresh is not None:
-            self._refresh.cancel()
-            await asyncio.gather(self._refresh, return_exceptions=True)
         links, self._links = self._links, {}
+        beside = [
+            task for task in (self._refresh, *(link.probe for link in links.values())) if task is not None
+        ]
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         for link in links.values():
             await link.channel.close()
 
@@ -166,8 +180,8 @@ class AsyncClient:
             address = attempts.next_address(time.monotonic())
             left_s = attempts.time_left_s(time.monotonic())
             try:
-                with self._link(address) as channel:
-                    answer = await getattr(stub(channel), method)(
+                with self._link(address) as link:
+                    answer = await getattr(stub(link.channel), method)(
                         request, timeout=calls.unary_timeout_s(left_s)
                     )
                 self._book.answered(address)
@@ -181,17 +195,18 @@ class AsyncClient:
             )
 
     @contextmanager
-    def _link(self, address: Address) -> Iterator[grpc.aio.Channel]:
+    def _link(self, address: Address) -> Iterator[_Link]:
         """The channel to ``address``, kept open for later calls; the longest unused goes when there are too
         many."""
         link = self._links.pop(address, None)
         if link is None:
-            link = _Link(grpc.aio.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS))
+            channel = grpc.aio.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS)
+            link = _Link(channel, heard_at=time.monotonic())  # connecting is bounded, and hears something
         self._links[address] = link
         link.calls += 1
         try:
             self._refresh_through(address, link.channel)
-            yield link.channel
+            yield link
         except grpc.aio.UsageError:  # what grpc raises for a call on a channel that was closed meanwhile
             if self._closed:
                 raise Cancelled("This client is closed.") from None
@@ -216,6 +231,24 @@ class AsyncClient:
         finally:
             self._book.refresh_ends(address, mesh, time.monotonic())
             await self._drop_unused()
+
+    def _probe(self, link: _Link) -> None:
+        """See that the node still says something at all, if it has not for a while."""
+        if link.probe is None and time.monotonic() - link.heard_at > calls.SILENCE_S:
+            link.probe = asyncio.create_task(self._listen(link))
+
+    async def _listen(self, link: _Link) -> None:
+        try:
+            check: Any = link.channel.unary_unary(calls.HEALTH_METHOD)
+            await check(b"", timeout=calls.PROBE_TIMEOUT_S)
+            link.heard_at = time.monotonic()
+        except grpc.aio.AioRpcError as failure:
+            if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                link.silent |= link.waiting
+                for call in link.waiting:
+                    call.cancel()
+        finally:
+            link.probe = None
 
     async def _drop_unused(self) -> None:
         surplus = len(self._links) - calls.CHANNELS_MAX
@@ -279,10 +312,15 @@ class AsyncStream:
             address = attempts.next_address(time.monotonic())
             left_s = attempts.time_left_s(time.monotonic())
             error: FieldmeshError = calls.cut_short(address)
-            with client._link(address) as channel:
-                call = getattr(InferenceServiceStub(channel), calls.method(request))(request, timeout=left_s)
+            with client._link(address) as link:
+                call = getattr(InferenceServiceStub(link.channel), calls.method(request))(
+                    request, timeout=left_s
+                )
+                link.waiting.add(call)
+                client._probe(link)
                 try:
                     async for message in call:
+                        link.heard(call)
                         client._book.answered(address)
                         chunk = reply.take(message)
                         if chunk is not None:
@@ -291,10 +329,16 @@ class AsyncStream:
                     error = calls.translated(failure, address)
                 except asyncio.CancelledError:
                     task = asyncio.current_task()
-                    if client._closed and not (task and task.cancelling()):
+                    if task and task.cancelling():
+                        raise
+                    if client._closed:
                         raise Cancelled("The client was closed.", metadata=self._delivered()) from None
-                    raise
+                    if call not in link.silent:
+                        raise
+                    error = calls.silent(address)
                 finally:
+                    link.waiting.discard(call)
+                    link.silent.discard(call)
                     call.cancel()
             if reply.result is not None:
                 return

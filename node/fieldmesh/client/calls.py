@@ -38,6 +38,12 @@ UNARY_TIMEOUT_S: Final = 15.0
 UNARY_ATTEMPT_TIMEOUT_S: Final = 3.0
 DISCOVERY_TIMEOUT_S: Final = 3.0
 TIMEOUT_MAX_S: Final = 86_400.0
+# A connection that was silent for longer is probed when a call begins on it: a frozen node takes a call and
+# says nothing, and keepalive needs 13 s to notice. A node under full load answers a health check in
+# milliseconds.
+SILENCE_S: Final = 2.0
+PROBE_TIMEOUT_S: Final = 3.0
+HEALTH_METHOD: Final = "/grpc.health.v1.Health/Check"
 REFRESH_TIMEOUT_S: Final = 2.0
 CHANNELS_MAX: Final = 32
 
@@ -273,6 +279,14 @@ def seeds(given: str | Address | Iterable[str | Address]) -> tuple[Address, ...]
     return tuple(
         entry if isinstance(entry, Address) else address(entry, default_port=CLIENT_PORT, field_name="seeds")
         for entry in listed
+    )
+
+
+def silent(asked: Address) -> NodeUnreachable:
+    """The error of a call on a connection whose node answers nothing any more."""
+    return NodeUnreachable(
+        f"{asked} did not answer a health check within {PROBE_TIMEOUT_S:g} s.",
+        metadata={"address": str(asked)},
     )
 
 

@@ -14,7 +14,6 @@ from fieldmesh.client import calls
 from fieldmesh.core.errors import DeadlineExceeded, InvalidRequest, NodeUnreachable
 from fieldmesh.core.model import Address
 
-_METHOD: Final = "/grpc.health.v1.Health/Check"
 _SERVING: Final = b"\x08\x01"
 SERVICE_BYTES_MAX: Final = 127
 
@@ -33,7 +32,9 @@ def serving(node: str | Address, service: str = "", *, timeout_s: float = 3.0) -
         raise InvalidRequest(f"The service's name has more than {SERVICE_BYTES_MAX} bytes.", field="service")
     request = b"\x0a" + bytes([len(name)]) + name if name else b""
     with grpc.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS) as channel:
-        check: Any = channel.unary_unary(_METHOD, request_serializer=None, response_deserializer=None)
+        check: Any = channel.unary_unary(
+            calls.HEALTH_METHOD, request_serializer=None, response_deserializer=None
+        )
         try:
             return bool(check(request, timeout=timeout_s) == _SERVING)
         except grpc.RpcError as failure:

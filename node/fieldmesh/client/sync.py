@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -32,10 +32,16 @@ from fieldmesh.v1.mesh_pb2_grpc import MeshServiceStub
 
 @dataclass(slots=True)
 class _Link:
-    """A channel to one node, and how many calls are using it."""
+    """A channel to one node. ``waiting`` holds calls that have heard nothing yet, ``silent`` those given
+    up.
+    """
 
     channel: grpc.Channel
+    heard_at: float
     calls: int = 0
+    waiting: set[Any] = field(default_factory=set)
+    silent: set[Any] = field(default_factory=set)
+    probing: bool = False
 
 
 class Client:
@@ -185,8 +191,10 @@ class Client:
         while True:
             address, left_s = self._next(attempts)
             try:
-                with self._link(address) as channel:
-                    answer = getattr(stub(channel), method)(request, timeout=calls.unary_timeout_s(left_s))
+                with self._link(address) as link:
+                    answer = getattr(stub(link.channel), method)(
+                        request, timeout=calls.unary_timeout_s(left_s)
+                    )
                 self._answered(address)
                 return answer
             except grpc.RpcError as failure:
@@ -194,14 +202,15 @@ class Client:
             self._failed(attempts, address, error)
 
     @contextmanager
-    def _link(self, address: Address) -> Iterator[grpc.Channel]:
+    def _link(self, address: Address) -> Iterator[_Link]:
         """The channel to ``address``, kept for later calls; the longest unused goes when there are too
         many."""
         dropped: list[_Link] = []
         with self._lock:
             link = self._links.pop(address, None)
             if link is None:
-                link = _Link(grpc.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS))
+                channel = grpc.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS)
+                link = _Link(channel, heard_at=time.monotonic())  # connecting is bounded, and hears something
                 unused = [other for other, held in self._links.items() if held.calls == 0]
                 surplus = max(0, len(self._links) + 1 - calls.CHANNELS_MAX)
                 dropped = [self._links.pop(other) for other in unused[:surplus]]
@@ -213,7 +222,7 @@ class Client:
         try:
             if refresh:
                 self._refresh_through(address, link.channel)
-            yield link.channel
+            yield link
         except ValueError:  # what grpc raises for a call on a channel that another thread closed
             if self._closed.is_set():
                 raise Cancelled("This client is closed.") from None
@@ -235,6 +244,41 @@ class Client:
         request = mesh_pb2.ListNodesRequest()
         pending: Any = MeshServiceStub(channel).ListNodes.future(request, timeout=calls.REFRESH_TIMEOUT_S)
         pending.add_done_callback(done)
+
+    def _waits(self, link: _Link, call: Any) -> None:
+        """``call`` begins to wait; see that the node still says something at all, if it has not for a
+        while.
+        """
+
+        def done(check: Any) -> None:
+            with self._lock:
+                link.probing = False
+                if check.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    link.heard_at = time.monotonic()
+                    return
+                given_up = list(link.waiting)
+                link.silent.update(given_up)
+            for waiting in given_up:
+                waiting.cancel()
+
+        with self._lock:
+            link.waiting.add(call)
+            if link.probing or time.monotonic() - link.heard_at <= calls.SILENCE_S:
+                return
+            link.probing = True
+        health: Any = link.channel.unary_unary(calls.HEALTH_METHOD)
+        health.future(b"", timeout=calls.PROBE_TIMEOUT_S).add_done_callback(done)
+
+    def _heard(self, link: _Link, call: Any, address: Address) -> None:
+        with self._lock:
+            link.heard_at = time.monotonic()
+            link.waiting.discard(call)
+            self._book.answered(address)
+
+    def _forget(self, link: _Link, call: Any) -> None:
+        with self._lock:
+            link.waiting.discard(call)
+            link.silent.discard(call)
 
 
 class Stream:
@@ -301,22 +345,26 @@ class Stream:
                 raise self._cancelled()
             address, left_s = client._next(attempts)
             error: FieldmeshError = calls.cut_short(address)
-            with client._link(address) as channel:
-                self._call = getattr(InferenceServiceStub(channel), calls.method(request))(
+            with client._link(address) as link:
+                self._call = getattr(InferenceServiceStub(link.channel), calls.method(request))(
                     request, timeout=left_s
                 )
                 if self._closed.is_set():  # by another thread, before there was a call to cancel
                     self._call.cancel()
+                call = self._call
+                client._waits(link, call)
                 try:
-                    for message in self._call:
-                        client._answered(address)
+                    for message in call:
+                        client._heard(link, call, address)
                         chunk = reply.take(message)
                         if chunk is not None:
                             yield chunk
                 except grpc.RpcError as failure:
-                    error = calls.translated(failure, address)
+                    silent = call in link.silent
+                    error = calls.silent(address) if silent else calls.translated(failure, address)
                 finally:
-                    self._call.cancel()
+                    client._forget(link, call)
+                    call.cancel()
             if reply.result is not None:
                 return
             client._failed(attempts, address, error, len(reply.token_ids) if reply.begun else None)
