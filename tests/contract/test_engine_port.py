@@ -13,7 +13,6 @@ import pytest
 import pytest_asyncio
 
 from fieldmesh.core.errors import (
-    Cancelled,
     DeadlineExceeded,
     EngineLost,
     EngineNotReady,
@@ -222,16 +221,6 @@ async def test_a_deadline_ends_a_running_job(engine: Engine) -> None:
 async def test_a_deadline_already_past_is_said_so(engine: Engine) -> None:
     with pytest.raises(DeadlineExceeded):
         await ask(engine, job("a", deadline_s=-1.0))
-
-
-async def test_an_aborted_job_raises_cancelled(engine: EngineFront) -> None:
-    events = engine.submit(job("a", sampling=replace(GREEDY, max_tokens=200)))
-    await anext(events)
-    assert engine.abort("a")
-    with pytest.raises(Cancelled):
-        await drain(events)
-    assert not engine.abort("a")
-    await wait_load(engine, lambda load: load.running == 0)
 
 
 async def test_an_unread_stream_is_paused_then_ended_and_others_go_on(engine: Engine) -> None:

@@ -258,6 +258,17 @@ def test_two_busy_tenants_get_equal_shares() -> None:
     assert abs(first_half.count("a") - first_half.count("b")) <= 2
 
 
+def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
+    drive = Drive(replace(ONE, queue_max=64))
+    drive.submit(*(work(f"a{i}", tenant="a") for i in range(30)))
+    while len(drive.finished()) < 10:
+        drive.step()
+    drive.submit(*(work(f"b{i}", tenant="b") for i in range(10)))
+    drive.run()
+    next_ten = [name[0] for name in drive.finished()[10:20]]
+    assert 4 <= next_ten.count("b") <= 6
+
+
 # --- pause, cancel, deadline -----------------------------------------------------------------
 
 
@@ -375,6 +386,27 @@ def test_reuse_can_be_turned_off_for_models_whose_cache_cannot_be_cut() -> None:
         drive.submit(work(name, prompt=50))
         drive.run()
     assert [p.tokens for p in drive.plans if p.places] == [50, 50]
+
+
+def test_new_work_overwrites_the_prefix_used_least_recently() -> None:
+    drive = Drive()
+    for i in range(CONFIG.slots):
+        drive.submit(work(f"w{i}", prompt=20, first=1000 * i, tokens_max=1 + 3 * i))
+    drive.run()
+    drive.submit(work("new", prompt=20, first=9000))
+    drive.run()
+    drive.submit(*(work(f"again{i}", prompt=20, first=1000 * i) for i in (3, 2, 1, 0)))
+    assert sorted(p.keep_tokens for p in drive.step().places) == [0, 19, 19, 19]
+
+
+def test_resident_prefixes_give_way_when_cells_are_needed() -> None:
+    drive = Drive(replace(CONFIG, cells_total=256))
+    drive.submit(work("a", prompt=150, tokens_max=1))
+    drive.run()
+    drive.submit(work("b", prompt=150, tokens_max=1, first=1000))
+    drive.run()
+    drive.submit(work("c", prompt=150, tokens_max=1))
+    assert drive.step().places[0].keep_tokens == 0
 
 
 def test_running_sequences_sit_beside_each_other() -> None:

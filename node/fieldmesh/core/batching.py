@@ -533,9 +533,7 @@ class Batcher:
         assert sorted(owners) == sorted(self._running), "a running sequence owns exactly one slot"
         assert sum(s.work.cells for s in self._running.values()) <= config.cells_total
         retired = sum(len(s.resident) for s in self._slots if s.sequence is None)
-        assert retired + sum(s.work.cells for s in self._running.values()) <= config.cells_total + max(
-            (s.work.cells for s in self._running.values()), default=config.context_tokens
-        )
+        assert retired + sum(s.work.cells for s in self._running.values()) <= config.cells_total
         for index, slot in enumerate(self._slots):
             if (sequence := slot.sequence) is None:
                 assert len(slot.resident) <= config.context_tokens

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import assert_never
 
-from fieldmesh.core.errors import Cancelled, EngineLost, EngineNotReady, QueueFull
+from fieldmesh.core.errors import EngineLost, EngineNotReady, QueueFull
 from fieldmesh.core.model import EngineState, Load, Prompt
 from fieldmesh.engine.checks import check_job, check_prompt
 from fieldmesh.engine.frames import (
@@ -83,10 +83,6 @@ class EngineFront(ABC):
         async with contextlib.aclosing(self._streams.run(job, deadline)) as events:
             async for event in events:
                 yield event
-
-    def abort(self, generation_id: str) -> bool:
-        """End a running job from outside: its iterator raises Cancelled. False if it is not here."""
-        return self._streams.abort(generation_id, Cancelled("the generation was aborted"))
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt (messages pass through the chat template first)."""

@@ -195,12 +195,14 @@ class EngineLoop:
                 stream.push(self._model.piece(token))  # its text was delivered with it
         if ended := _ended_before(job, stream, stop_tokens):
             return self._nothing_left(command.key, job, stream, ended, len(prompt), seed)
+        # An answer may be as long as what the prompt leaves of the context: then it ends with LENGTH.
+        room = self.batcher.config.context_tokens + 1 - len(prompt)
         self.batcher.submit(
             Work(
                 id=str(command.key),
                 prompt_token_ids=prompt,
                 resume_token_ids=job.resume_token_ids,
-                tokens_max=job.sampling.max_tokens,
+                tokens_max=min(job.sampling.max_tokens, max(1, room)),
                 priority=job.priority,
                 tenant=job.tenant,
                 deadline=command.deadline,

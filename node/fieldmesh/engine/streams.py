@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypeAlias
 
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, QueueFull, SlowReader
-from fieldmesh.core.model import Chunk, Completion, FinishReason
+from fieldmesh.core.model import Chunk, Completion
 from fieldmesh.engine.frames import (
     Accepted,
     Cancel,
@@ -163,14 +163,6 @@ class Streams:
                 stream.end = error()
                 stream.changed.set()
 
-    def abort(self, generation_id: str, error: FieldmeshError) -> bool:
-        """End one job with ``error`` from outside its iterator; False if it is not here."""
-        for stream in self._streams.values():
-            if stream.job.generation_id == generation_id and stream.end is None:
-                self._end(stream, error)
-                return True
-        return False
-
     def _pause(self, stream: _Stream) -> None:
         self._send(Pause(stream.key))
         stream.slow_timer = asyncio.get_running_loop().call_later(
@@ -186,22 +178,15 @@ class Streams:
 
     def _give_up(self, stream: _Stream) -> None:
         """The reader took nothing for too long: free the sequence and what was buffered."""
-        if isinstance(stream.end, Completion) and stream.end.finish_reason is not FinishReason.ERROR:
-            return  # all was produced; only this stream's own bounded buffer waits
+        if stream.end is not None:
+            return  # the sequence is free already; what is left is bounded
         unread = len(stream.token_ids)
         stream.token_ids.clear()
         stream.texts.clear()
-        self._end(
-            stream,
-            SlowReader(
-                f"the stream was not read for {self._slow_reader_timeout_s:g} s with {unread} tokens "
-                "waiting; its generation was ended",
-                metadata={"tokens_delivered": str(stream.next_index)},
-            ),
+        stream.end = SlowReader(
+            f"the stream was not read for {self._slow_reader_timeout_s:g} s with {unread} tokens waiting; "
+            "its generation was ended",
+            metadata={"tokens_delivered": str(stream.next_index)},
         )
-
-    def _end(self, stream: _Stream, error: FieldmeshError) -> None:
-        if stream.end is None:
-            self._send(Cancel(stream.key))
-        stream.end = error
         stream.changed.set()
+        self._send(Cancel(stream.key))
