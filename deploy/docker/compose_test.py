@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,21 +22,13 @@ from typing import Any
 
 import grpc
 
-from deploy.docker.docker_tools import (
-    BASE_DEFAULT,
-    ROOT,
-    CommandFailed,
-    base_image,
-    bounded,
-    require_engine,
-    run,
-)
+from deploy.docker.docker_tools import CommandFailed, bounded, require_engine, run
+from deploy.docker.image import IMAGE, build_image
 from deploy.docker.project import NODES, Project
 from fieldmesh.v1 import mesh_pb2
 from fieldmesh.v1.mesh_pb2_grpc import MeshServiceStub
 
 WHOLE_TEST_MAX_S = 840
-BUILD_TIMEOUT_S = 1500.0  # where the engine is compiled in the image; a minute and a half where it is not
 HEALTHY_MAX_S = 90.0
 NOTICE_MAX_S = 2.0  # the promise
 NOTICE_WAIT_S = 15.0  # how long to look, to be able to say how late it was
@@ -49,9 +40,6 @@ VIEW_TIMEOUT_S = 1.0
 ASK_TIMEOUT_S = 60.0
 TOKENS_MAX = 12
 QUESTION = "Say one sentence about your work."
-IMAGE = "fieldmesh:compose-test"
-WHEELS = ROOT / "build" / "wheels"
-LOCAL_WHEELS = ROOT / "deploy" / "docker" / "local" / "wheels"
 
 Views = Mapping[str, str]  # what one node believes of the others: state by name
 
@@ -320,31 +308,6 @@ def faults(project: Project) -> list[Fault]:
             must_not_notice=("code", "health"),
         ),
     ]
-
-
-def build_image() -> None:
-    """Builds the image, with the engine that is compiled already if ``make wheel`` has packed one."""
-    base = base_image(
-        "fieldmesh-base:bookworm", "python3", "python3-venv", "ca-certificates", default=BASE_DEFAULT
-    )
-    wheels = sorted(WHEELS.glob("llama_cpp_python-*.whl")) if WHEELS.is_dir() else []
-    lent = LOCAL_WHEELS / wheels[-1].name if wheels else None
-    if lent is not None and not lent.exists():
-        lent.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(wheels[-1], lent)
-    else:
-        lent = None
-    file = str(ROOT / "deploy" / "docker" / "Dockerfile")
-    build = ("docker", "build", "--quiet", "-f", file, "--build-arg", f"BASE={base}")
-    try:
-        # The first stage gets a tag, so that the next build finds its layers; what lost its tag goes.
-        run(*build, "--target", "build", "-t", f"{IMAGE}-build", str(ROOT), timeout_s=BUILD_TIMEOUT_S)
-        run(*build, "-t", IMAGE, str(ROOT), timeout_s=BUILD_TIMEOUT_S)
-        own = "label=org.opencontainers.image.title=Fieldmesh"
-        run("docker", "image", "prune", "--force", "--filter", own)
-    finally:
-        if lent is not None:
-            lent.unlink()  # or the next image would silently be made for this box's processor
 
 
 def print_table(rows: Iterable[Row]) -> None:

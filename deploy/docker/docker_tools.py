@@ -1,4 +1,4 @@
-"""What the programs that test with containers share: commands with a limit, the base image, clean ends.
+"""What the programs that test with containers share: commands with a limit, clean ends.
 
 Owns how docker is called. It must not know what is tested, and runs with nothing but the standard library.
 """
@@ -15,10 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE_DEFAULT = "python:3.11-slim-bookworm"
 COMMAND_TIMEOUT_S = 120.0
-PULL_TIMEOUT_S = 180.0
-BASE_TIMEOUT_S = 900.0
 OUTPUT_CHARS_SHOWN_MAX = 4000
 
 
@@ -78,21 +75,6 @@ def compose_command() -> Sequence[str]:
     if shutil.which("docker-compose"):
         return ("docker-compose",)
     sys.exit("neither `docker compose` nor `docker-compose` is installed")
-
-
-def base_image(tag: str, *packages: str, default: str | None = None) -> str:
-    """An image to start from: ``MESH_BASE`` if set, ``default`` if it is here or a registry hands it out,
-    else one of ``packages`` from Debian's own packages, made under ``tag``."""
-    if wanted := os.environ.get("MESH_BASE"):
-        return wanted
-    if default is not None:
-        here = attempt("docker", "image", "inspect", default, timeout_s=20)
-        if here is not None or attempt("docker", "pull", "--quiet", default, timeout_s=PULL_TIMEOUT_S):
-            return default
-        print(f"  no registry hands out {default}", flush=True)
-    script = str(Path(__file__).with_name("base-from-debian.sh"))
-    run(script, tag, *packages, timeout_s=BASE_TIMEOUT_S, shown=True)
-    return tag
 
 
 @contextmanager

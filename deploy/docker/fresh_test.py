@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 
-from deploy.docker.docker_tools import ROOT, CommandFailed, attempt, base_image, bounded, require_engine, run
+from deploy.docker.docker_tools import ROOT, CommandFailed, attempt, bounded, require_engine, run
+from deploy.docker.image import base_image
 
 WHOLE_TEST_MAX_S = 2700
 PACKAGES = ("python3", "python3-venv", "g++", "make")
