@@ -34,6 +34,8 @@ from fieldmesh.runtime.identity import EnvelopeSealer, Identity
 from fieldmesh.runtime.links import LinksConfig, server_options
 
 PATIENCE_S = 15
+SECOND_HOST = "127.0.0.2"
+"""Loopback's whole network is this box's."""
 
 
 class Memory:
@@ -87,6 +89,7 @@ class Node:
 async def running(name: str, mesh_name: str = "driven") -> AsyncIterator[Node]:
     server = grpc.aio.server(options=server_options(LinksConfig()))
     port = server.add_insecure_port("127.0.0.1:0")
+    server.add_insecure_port(f"{SECOND_HOST}:{port}")
     key = Identity.generate()
     identity = MeshIdentity(
         id=key.id, name=name, mesh=mesh_name, addresses=(Address(host="127.0.0.1", port=port),)
@@ -164,6 +167,18 @@ async def test_load_reaches_the_others_at_once_where_it_says_who_may_be_asked() 
         for running_now in range(1, 4):
             a.driver.load_changed(Load(engine=EngineState.READY, slots=4, running=running_now))
         await b.until(lambda view: any(m.id == a.id and m.load.running == 3 for m in view.members))
+
+
+async def test_a_node_that_loses_an_address_stays_alive_for_the_others() -> None:
+    async with trio() as (a, b, c):
+        await a.until_sees(b, NodeState.ALIVE)
+        await b.until_sees(a, NodeState.ALIVE)
+        moved = Address(host=SECOND_HOST, port=a.address.port)
+        a.driver.announce([a.address, moved], [])
+        a.driver.announce([moved], [])
+        view = await b.until(lambda view: any(m.row and m.row.addresses == (moved,) for m in view.members))
+        assert all(member.state is NodeState.ALIVE for member in view.members)
+        assert c.sees(b) is not None
 
 
 async def test_a_node_of_another_mesh_is_kept_out() -> None:

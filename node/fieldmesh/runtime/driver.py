@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, assert_never
 
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest
 from fieldmesh.core.events import Note, Persist, Received, Send, Tick
-from fieldmesh.core.mesh import Effect, Event, LeaveRequested, LinkFailed, LoadChanged, Mesh
+from fieldmesh.core.mesh import Effect, Event, LeaveRequested, LinkFailed, LoadChanged, Mesh, OfferChanged
 from fieldmesh.core.model import Address, Load, MeshView, NodeId
 from fieldmesh.rpc import wire
 from fieldmesh.runtime import log
@@ -94,6 +94,17 @@ class Driver:
         self._set_timer()
         if self._publishing is None:
             self._publishing = self._loop.call_later(VIEW_INTERVAL_S, self._publish)
+
+    def announce(self, addresses: Sequence[Address], client_addresses: Sequence[Address]) -> None:
+        """Tell where this node's listeners are reached from now on, best first.
+
+        Where the box lost an address, connections begin anew: those from the lost one lead nowhere, and
+        without that the node would be found dead before TCP noticed (tried: 0.1 s against 3.5 s of silence).
+        """
+        kept = {address.host for address in addresses}
+        if any(address.host not in kept for address in self._mesh.membership.addresses):
+            self.links.reconnect()
+        self.handle(OfferChanged(addresses=tuple(addresses), client_addresses=tuple(client_addresses)))
 
     def load_changed(self, load: Load) -> None:
         """Tell how busy this node is: at once where it matters to who may be asked, else now and then."""
