@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from fieldmesh.core.errors import Draining
 from fieldmesh.core.model import Address, NodeId
 from fieldmesh.runtime.gate import CONTROL_METHOD, Caller
 from fieldmesh.runtime.links import (
@@ -235,6 +236,15 @@ async def test_the_tokens_channel_of_a_member_is_warm_before_it_is_asked_for() -
                 await warm.wait_for_state_change(state)
 
 
+async def test_in_a_large_mesh_channels_are_not_warmed_for_everybody() -> None:
+    config = LinksConfig(warm_peers_max=1)
+    async with peers(config) as (anna, bert):
+        anna.links.send(NOWHERE, None, b"x")
+        anna.links.send(bert.address, BERT, b"x")
+        await bert.message()
+        assert Lane.TOKENS not in anna.links._links[bert.address]._channels
+
+
 async def test_goodbyes_leave_before_the_links_close() -> None:
     async with peers() as (anna, bert):
         anna.links.send(bert.address, BERT, b"hello")
@@ -245,6 +255,8 @@ async def test_goodbyes_leave_before_the_links_close() -> None:
         assert await bert.message() == (ANNA, b"goodbye")
         anna.links.send(bert.address, BERT, b"too late")
         assert anna.links.addresses() == ()
+        with pytest.raises(Draining):
+            anna.links.tokens(bert.address)
 
 
 async def test_flush_does_not_wait_for_the_dead() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from fieldmesh.core.errors import FieldmeshError, InvalidRequest, TooManyStreams
+from fieldmesh.core.errors import Draining, FieldmeshError, InvalidRequest, TooManyStreams
 from fieldmesh.core.model import Address, NodeId
 from fieldmesh.rpc.wire import CONTROL_BYTES_MAX
 from fieldmesh.runtime.gate import CONTROL_METHOD, Caller, Context, caller_of, refuse
@@ -42,6 +42,7 @@ class LinksConfig:
     outgoing_messages_max: int = 256
     outgoing_bytes_max: int = 4 * 1024 * 1024
     peers_max: int = 1024
+    warm_peers_max: int = 64
     streams_per_peer_max: int = 4
     received_per_s_max: int = 1000
     idle_close_s: float = 300.0
@@ -81,6 +82,7 @@ def channel_options(config: LinksConfig, lane: Lane, local: Caller) -> Options:
         ("grpc.keepalive_permit_without_calls", 0 if lane is Lane.BULK else 1),
         ("grpc.max_send_message_length", config.message_bytes_max),
         ("grpc.max_receive_message_length", config.message_bytes_max),
+        ("grpc.client_idle_timeout_ms", 2**31 - 1),  # warm is warm: letting go is our own decision
         ("grpc.enable_http_proxy", 0),  # peers are neighbours, whatever the environment says
         ("grpc.enable_retries", 0),  # dispatch decides what is tried again
     )
@@ -138,11 +140,14 @@ class Links:
         self._link(address).send(to, data)
 
     def tokens(self, address: Address) -> grpc.aio.Channel:
-        """The channel for forwarded requests to ``address``; warm where that node is a member."""
+        """The channel for forwarded requests to ``address``, warm where that node is a member.
+
+        Raises Draining once the links are closed.
+        """
         return self._link(address).channel(Lane.TOKENS)
 
     def bulk(self, address: Address) -> grpc.aio.Channel:
-        """The channel for what is large to ``address``."""
+        """The channel for what is large to ``address``. Raises Draining."""
         return self._link(address).channel(Lane.BULK)
 
     def forget(self, address: Address) -> None:
@@ -183,12 +188,19 @@ class Links:
         await asyncio.gather(*self._closing, return_exceptions=True)
         await asyncio.gather(*(link.close(None) for link in links))
 
+    @property
+    def warms(self) -> bool:
+        """Whether channels for tokens are connected before somebody asks; a large mesh makes too many."""
+        return len(self._links) <= self.config.warm_peers_max
+
     def addresses(self) -> tuple[Address, ...]:
         """Addresses that have connections, the longest unused first."""
         return tuple(self._links)
 
     def _link(self, address: Address) -> _Link:
         """The link to ``address``; making one may cost the link that was unused for longest."""
+        if self._closed:
+            raise Draining("This node is leaving and opens no connections")
         link = self._links.pop(address, None)
         if link is None:
             if len(self._links) >= self.config.peers_max:
@@ -283,7 +295,7 @@ class _Link:
         try:
             await call.wait_for_connection()
             self.connected = True
-            if self._to is not None:
+            if self._to is not None and self._links.warms:
                 self.channel(Lane.TOKENS).get_state(try_to_connect=True)
             while not call.done():
                 while self._outgoing:
