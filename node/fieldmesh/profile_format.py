@@ -67,7 +67,7 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class _DomainTable(_Table, frozen=True):
     name: Annotated[str, _NAME]
-    description: Annotated[str, _text(1, 1000)]
+    description: Annotated[str, _text(1, 2000)]
     examples: Annotated[
         tuple[Annotated[str, _text(1, EXAMPLE_CHARS_MAX)], ...], _list(EXAMPLES_MAX, "example questions")
     ] = ()

@@ -4,7 +4,7 @@ Owns: the features, the linear model, its calibration, and when to abstain. Must
 profiles, perform I/O, or depend on anything outside the standard library.
 
 The model is kernel-free ridge regression on one-of-n targets over TF-IDF features: words, pairs of
-neighbouring words, and character 3- to 5-grams inside words, each block scaled to length one. It is solved
+neighbouring words, and character n-grams inside words, each block scaled to length one. It is solved
 by dual coordinate ascent (Hsieh et al., "A Dual Coordinate Descent Method for Large-scale Linear SVM", 2008;
 for squared loss each step is exact). Regression to targets rather than a softmax keeps the scores of
 texts unlike anything seen near zero, and the mass of features that training never saw counts towards a
@@ -52,7 +52,11 @@ HELD_OUT_EVERY = 5
 CHANGE_MIN = 0.002
 """Smaller steps of a weight vector (whose examples have length one) are not taken."""
 
-MIDDLE_MIN = 0.125
+MIDDLE = 0.4
+"""Where the border is on the way from the mean score of unseen texts of no domain to that of unseen texts of
+their own domain. Not half-way: the former vary less."""
+
+MIDDLE_MIN = 0.14
 """Score below which no domain is named, whatever the calibration says: a learned example scores about one."""
 
 OUTSIDE = -1
@@ -70,6 +74,9 @@ _IDEOGRAPHIC = (
 _UNSPACED = _SYLLABIC + _IDEOGRAPHIC
 _PUNCTUATION = "!-/:-@\\[-`{-~\u00a1-\u00bf\u2000-\u206f\u3000-\u303f\u060c\u061b\u061f\u0964\u0965"
 _TOKEN = re.compile(f"[{_UNSPACED}]+|[^\\s{_PUNCTUATION}{_UNSPACED}]+|[!-/:-@\\[-`{{-~]")
+_ALPHABETS_END = "\u0590"
+"""Beyond it are scripts that leave out vowels or write syllables: fewer characters say as much."""
+
 _PHRASES = re.compile(r"[^\s,;:.!?、，；：。！？،؛][^,;:.!?\n、，；：。！？،؛]*")
 _RUNS = ((re.compile(f"[{_IDEOGRAPHIC}]"), 2), (re.compile(f"[{_SYLLABIC}]"), 3))
 """Scripts without spaces, and how many characters stand for a word in them."""
@@ -113,7 +120,7 @@ def _counts(text: str) -> tuple[Counter[str], ...]:
     grams: Counter[str] = Counter()
     for run in runs:
         padded = f"<{run}>"
-        for length in (3, 4, 5):
+        for length in (2, 3, 4) if run[0] > _ALPHABETS_END else (3, 4, 5):
             grams.update(padded[i : i + length] for i in range(len(padded) - length + 1))
     return Counter(words), pairs, grams
 
@@ -229,8 +236,8 @@ class _Ridge:
 class _Calibration:
     """Turns the highest score into the probability that the text is of that domain.
 
-    Two normal distributions of equal width, one for texts of the domain that scored highest and one for
-    texts of none, give a logistic curve: ``middle`` is where both are equally likely.
+    Two normal distributions, of the scores of texts of a domain and of texts of none, make a logistic curve
+    of the score; ``middle`` is where it is one half.
     """
 
     middle: float
@@ -244,7 +251,7 @@ class _Calibration:
         outside_variance = _mean([(x - outside_mean) ** 2 for x in outside], 0.01)
         gap = max(0.05, inside_mean - outside_mean)
         slope = gap / max(0.01, (inside_variance + outside_variance) / 2)
-        return cls(middle=max(MIDDLE_MIN, outside_mean + gap / 2), slope=slope)
+        return cls(middle=max(MIDDLE_MIN, outside_mean + gap * MIDDLE), slope=slope)
 
     def probability(self, score: float) -> float:
         return 1 / (1 + math.exp(-max(-40.0, min(40.0, self.slope * (score - self.middle)))))
