@@ -44,7 +44,8 @@ if __name__ == "__main__":
         parser.add_argument(flag, action="store_true")
     for flag in ("--name", "--profile", "--listen", "--peer-listen", "--state-folder", "--threads", "--mesh"):
         parser.add_argument(flag)
-    parser.add_argument("--drain-timeout-s")
+    for flag in ("--drain-timeout-s", "--advertise"):
+        parser.add_argument(flag)
     parser.add_argument("--seed", action="append", default=[])
     parsed = parser.parse_args()
     if parsed.broken:

@@ -465,6 +465,16 @@ def test_ctrl_c_stops_the_answer_at_the_node_and_exits_130(
     loop(asyncio.wait_for(node.cancelled.wait(), 20))
 
 
+def test_a_watched_status_is_one_line_of_json_after_the_other(node: ScriptedNode) -> None:
+    process = start("status", "--node", str(node.address), "--watch", "--json")
+    assert process.stdout is not None
+    for _ in range(2):
+        assert json.loads(process.stdout.readline())["mesh"] == "test"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "")
+
+
 def test_ctrl_c_in_a_talk_stops_the_answer_and_keeps_what_was_said(
     node: ScriptedNode, loop: Callable[[Any], Any]
 ) -> None:

@@ -171,7 +171,9 @@ def test_a_mesh_of_equal_profiles_has_names_of_its_own(cli: Commands, stand_ins:
     assert f"m-{FIRST_PORT}" in cli.err
 
 
-@pytest.mark.parametrize("line", [["nonsense"], ["--threads", "-1"], ["general"] * 33, ["--first-port", "1"]])
+@pytest.mark.parametrize(
+    "line", [["nonsense"], ["--threads", "-1"], ["general"] * 33, ["--first-port", "1"], ["--mesh", "../x"]]
+)
 def test_what_cannot_be_started_is_refused_before_anything_is(
     cli: Commands, stand_ins: None, line: list[str]
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from fieldmesh.client import AsyncClient, Client, Message, Persistence, Result, calls, discovery
@@ -356,6 +357,22 @@ async def test_errors_come_back_typed_and_are_not_retried_where_that_cannot_help
     assert not other.requests
 
 
+@pytest.mark.parametrize(
+    ("value", "after_s"), [("1500", 1.5), ("-1", None), ("soon", None), ("9" * 400, None)]
+)
+async def test_pushback_in_metadata_alone_is_understood(
+    driver: Driver, start: Start, value: str, after_s: float | None
+) -> None:
+    async def pushes(node: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", (("grpc-retry-pushback-ms", value),))
+        yield
+
+    node = await start("alpha", pushes)
+    with pytest.raises(FieldmeshError) as caught:
+        await driver.connect(node).ask()
+    assert (caught.value.message, caught.value.retry_after_s) == ("busy", after_s)
+
+
 async def test_a_coded_end_of_a_stream_is_raised_as_it_is(driver: Driver, start: Start) -> None:
     node = await start("alpha", refuses(SlowReader("too slow"), after=("a",)))
     with pytest.raises(SlowReader) as caught:
@@ -398,8 +415,6 @@ async def test_the_deadline_covers_all_attempts(driver: Driver, start: Start) ->
 
 
 async def test_another_program_behind_the_address_is_named_as_such(driver: Driver) -> None:
-    import grpc.aio
-
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -57,7 +57,7 @@ def up(
 
     Without a terminal to talk on, it asks one question and ends; --no-chat keeps the mesh up.
     """
-    from fieldmesh.cli.children import Children
+    from fieldmesh.cli.children import HOST, Children
     from fieldmesh.cli.serving import need_node_packages
     from fieldmesh.config import load
     from fieldmesh.profiles import load as load_profile
@@ -65,7 +65,7 @@ def up(
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    loaded = load({"engine.threads": threads}, file=config)
+    loaded = load({"engine.threads": threads, "node.mesh": mesh}, file=config)
     need_node_packages()
     chosen = list(profiles or PROFILES)
     if len(chosen) > NODES_MAX:
@@ -76,6 +76,7 @@ def up(
     plans = _plans(chosen, found, loaded.config, first_port, mesh or "local")
     command = [*SERVE, "--threads", str(loaded.config.engine.threads or _share_of_cores(len(chosen)))]
     command += ["--mesh", plans[0].state_folder.parent.name, "--drain-timeout-s", "2"]
+    command += ["--advertise", HOST]
     command += ["--config", str(loaded.file)] if loaded.file else []
     if ask is None and chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
         ask = SAMPLE_QUESTION

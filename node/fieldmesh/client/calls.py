@@ -25,7 +25,7 @@ from fieldmesh.core.errors import (
 )
 from fieldmesh.core.model import Address, Ask, Message, Priority, Prompt, SamplingOverrides, Target
 from fieldmesh.rpc import inference as codec
-from fieldmesh.rpc.errors import DETAILS_KEY, error_from_status
+from fieldmesh.rpc.errors import DETAILS_KEY, PUSHBACK_KEY, error_from_status
 from fieldmesh.v1 import inference_pb2
 from fieldmesh.values import address
 
@@ -226,7 +226,8 @@ class Failure(Protocol):
 def translated(failure: Failure, asked: Address) -> FieldmeshError:
     """The typed error behind a failed call to ``asked``."""
     code, said = failure.code(), failure.details() or ""
-    details = next((value for key, value in failure.trailing_metadata() or () if key == DETAILS_KEY), None)
+    trailing = dict(failure.trailing_metadata() or ())
+    details = trailing.get(DETAILS_KEY)
     if not isinstance(details, bytes):
         if code is grpc.StatusCode.UNAVAILABLE:
             reason = _CONNECTING.sub("", said) or "it is gone"
@@ -244,7 +245,16 @@ def translated(failure: Failure, asked: Address) -> FieldmeshError:
             return Cancelled("The call was cancelled.")
         details = None
     number: int = code.value[0]
-    return error_from_status(number, said, details)
+    error = error_from_status(number, said, details)
+    if error.retry_after_s is None:
+        error.retry_after_s = _pushback_s(trailing.get(PUSHBACK_KEY))
+    return error
+
+
+def _pushback_s(value: str | bytes | None) -> float | None:
+    """What servers of other make say in metadata alone; a negative number means not to ask again."""
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else value or ""
+    return int(text) / 1000 if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 def deadline(timeout_s: float | None, now: float) -> float | None:
