@@ -11,6 +11,7 @@ scenario says; scenarios are files (``scenarios/raft_*.toml``).
 from __future__ import annotations
 
 import tomllib
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ CONVERGENCE_S_MAX = 60.0
 DISK_SLOW = DiskSpeed(sync_s_min=0.1, sync_s_max=1.2)
 FAULT_KINDS = (
     "kill",
+    "kill_in_save",
     "power_loss",
     "partition",
     "one_way",
@@ -101,7 +103,8 @@ def run(
     try:
         trial.run()
     except AssertionError as error:
-        violation = f"{type(error).__name__}: {error}"
+        where = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1]
+        violation = f"{error} [{Path(where.filename).name}:{where.lineno} {where.line}]"
     return trial.report(violation)
 
 
@@ -237,6 +240,12 @@ class Trial:
         self.world.crash(label)
         self._later("start", lambda: self._start(label))
 
+    def _cause_kill_in_save(self) -> None:
+        """Somebody dies while a Save is under way: what comes before its end must not have been said."""
+        label = self._victim()
+        self.cluster.doomed.add(label)
+        self._later("start", lambda: self._start(label))
+
     def _cause_power_loss(self) -> None:
         """All boxes at once."""
         for label in self.cluster.labels:
@@ -310,6 +319,7 @@ class Trial:
         self.troubled = False
         self.world.heal()
         self.cluster.disk_full.clear()
+        self.cluster.doomed.clear()
         self.world.link_default = replace(self.scenario.link, loss=0.0, duplicate=0.0, reorder=0.0)
         for label, host in self.world.hosts.items():
             host.disk_speed = DiskSpeed()

@@ -132,13 +132,11 @@ class Clients:
         self._after(ANSWER_S_MAX, client, lambda c: self._give_up(c, request))
 
     def _give_up(self, client: Client, request: int) -> None:
-        if client.request == request and request in self._waiting:
-            del self._waiting[request]
+        if self._waiting.pop(request, None) is not None:
             self.cluster.counts["client_timeouts"] += 1
             self._ask_elsewhere(client, None)
 
     def _ask_elsewhere(self, client: Client, leader: str | None) -> None:
-        client.request = 0
         client.target = leader if leader is not None else self.random.choice(self.cluster.labels)
         if client.attempts < ATTEMPTS_MAX and self.running:
             self._after(0.05, client, self._ask)
@@ -153,6 +151,7 @@ class Clients:
         if client.operation is not None:
             self.history.append(client.operation)
             client.operation = None
+        self._waiting.pop(client.request, None)
         client.request = 0
 
     # --- answers ---

@@ -137,6 +137,10 @@ class Watched(Consensus):
         self.oracle.applied(self.label, effect.entries)
         return super()._apply(effect)
 
+    def _restore(self, effect: Restore) -> list[Any]:
+        self.oracle.restored(self.label, effect)
+        return super()._restore(effect)
+
 
 class Node:
     """One life of one member: the machine that the world runs."""
@@ -191,6 +195,7 @@ class Cluster:
         self.stores: dict[str, Store] = {}
         self.journal: dict[tuple[str, str], Save] = {}
         self.disk_full: set[str] = set()
+        self.doomed: set[str] = set()
         self.answers: Callable[[str, Any], None] = lambda label, effect: None
         self._machine = machine
         self.labels = [f"n{number}" for number in range(founders + spares)]
@@ -265,8 +270,6 @@ class Cluster:
                 spoken = Spoken(sender=label, message=effect.message)
                 out.append(Send(to=effect.to, address=Address(host=effect.to, port=1), message=spoken))
             else:
-                if isinstance(effect, Restore):
-                    self.oracle.restored(label, effect)
                 out.append(effect)
         return out
 
@@ -274,6 +277,11 @@ class Cluster:
         label, consensus = node.host.label, node.consensus
         self.oracle.saved(label, consensus.raft, save)
         self.counts["saves"] += 1
+        if label in self.doomed:
+            self.doomed.discard(label)
+            self.counts["kill_in_save"] += 1
+            boots, soon = node.boots, self.world.time + self.world.random.uniform(0.0, 0.003)
+            self.world.at(soon, f"dies saving {label}", lambda: self._crash_life(label, boots))
         if save.snapshot is not None and save.truncate_after is None:
             self.counts["compactions"] += 1
             self.oracle.state_of(label, consensus.applied, consensus.state)

@@ -136,11 +136,7 @@ class Consensus:
             if isinstance(effect, Apply):
                 effects += self._apply(effect)
             elif isinstance(effect, Restore):
-                self.state = settings.restore(effect.snapshot.data)
-                self.applied = effect.snapshot.index
-                # The outcome of what was submitted before the jump is not known here any more.
-                self._waiting = {i: w for i, w in self._waiting.items() if i > self.applied}
-                effects.append(self._changed())
+                effects += self._restore(effect)
             else:
                 effects.append(effect)
         return effects
@@ -158,6 +154,13 @@ class Consensus:
             elif term:
                 answers.append(self._not_done(request, None))
         return [self._changed(), *answers]
+
+    def _restore(self, effect: Restore) -> list[ConsensusEffect]:
+        self.state = settings.restore(effect.snapshot.data)
+        self.applied = effect.snapshot.index
+        # The outcome of what was submitted before the jump is not known here any more.
+        self._waiting = {index: asked for index, asked in self._waiting.items() if index > self.applied}
+        return [self._changed()]
 
     def _changed(self) -> StateChanged:
         return StateChanged(applied=self.applied, revision=self.state.revision)

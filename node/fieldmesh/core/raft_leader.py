@@ -253,17 +253,16 @@ class Leadership:
         """An Append without entries. While replicating it stands at the end of what was sent, so that a
         refusal reveals a loss; otherwise at the beginning of the log, where every log matches."""
         progress = self.progress[node]
-        prev_index = progress.next - 1 if progress.pace is Pace.REPLICATE else 0
-        prev_term = self.log.term_at(prev_index)
-        if prev_term is None:
-            prev_index = prev_term = 0
+        prev_index, prev_term = 0, 0
+        if progress.pace is Pace.REPLICATE:
+            term = self.log.term_at(progress.next - 1)
+            if term is None:  # what was sent is gone from here and may never have arrived
+                progress.probe(progress.match + 1)
+            else:
+                prev_index, prev_term = progress.next - 1, term
         progress.commit = self.log.commit
-        return [
-            (
-                node,
-                Append(prev_index=prev_index, prev_term=prev_term, commit=self.log.commit, round=self.round),
-            )
-        ]
+        append = Append(prev_index=prev_index, prev_term=prev_term, commit=self.log.commit, round=self.round)
+        return [(node, append)]
 
     def announce_commit(self) -> Posts:
         """Tell those who have everything that more is committed (the others learn it with their entries)."""
