@@ -54,7 +54,7 @@ from fieldmesh.core.model import (
     Row,
 )
 
-SAMPLE_NODES_MAX = 16
+SAMPLE_NODES_MAX = 10
 """Nodes of a large group that one decision looks at (besides the local one)."""
 
 ABOUT_EQUAL_FACTOR = 1.15
@@ -482,8 +482,9 @@ class _Inquiry:
         return ""
 
     def accepts(self, member: Member) -> bool:
+        """Whether one more request would find a slot or a place in the queue."""
         load = member.load
-        room = load.slots_free + max(0, load.queue_max - load.queued)
+        room = load.slots + load.queue_max - load.running - load.queued
         return (
             room > 0 and member.id not in self.need.full and room > self.traffic.unreported(member).requests
         )
