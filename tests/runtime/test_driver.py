@@ -12,10 +12,11 @@ import grpc.aio
 import pytest
 
 from fieldmesh.core.errors import InvalidRequest, StateUnwritable
+from fieldmesh.core.events import Note, Persist, Send, Tick
 from fieldmesh.core.joining import HintSource
+from fieldmesh.core.mesh import Effect, Event, JoinHint, Mesh, OfferChanged
 from fieldmesh.core.mesh import Identity as MeshIdentity
-from fieldmesh.core.mesh import JoinHint, Mesh, OfferChanged
-from fieldmesh.core.messages import Goodbye
+from fieldmesh.core.messages import ControlMessage, Goodbye, Refused
 from fieldmesh.core.model import (
     Address,
     Domain,
@@ -28,7 +29,7 @@ from fieldmesh.core.model import (
     ProfileOffer,
 )
 from fieldmesh.rpc import wire
-from fieldmesh.runtime.driver import SAVES_WAITING_MAX, Driver, Saver
+from fieldmesh.runtime.driver import SAVES_WAITING_MAX, Driver, Saver, Storage
 from fieldmesh.runtime.gate import CONTROL_METHOD, Caller
 from fieldmesh.runtime.identity import EnvelopeSealer, Identity
 from fieldmesh.runtime.links import LinksConfig, server_options
@@ -86,7 +87,9 @@ class Node:
 
 
 @asynccontextmanager
-async def running(name: str, mesh_name: str = "driven") -> AsyncIterator[Node]:
+async def running(
+    name: str, mesh_name: str = "driven", storage: Storage | None = None
+) -> AsyncIterator[Node]:
     server = grpc.aio.server(options=server_options(LinksConfig()))
     port = server.add_insecure_port("127.0.0.1:0")
     server.add_insecure_port(f"{SECOND_HOST}:{port}")
@@ -95,7 +98,7 @@ async def running(name: str, mesh_name: str = "driven") -> AsyncIterator[Node]:
         id=key.id, name=name, mesh=mesh_name, addresses=(Address(host="127.0.0.1", port=port),)
     )
     mesh = Mesh(identity=identity, sealer=EnvelopeSealer(key, "row"), codec=wire, rng=Random(name))
-    driver = Driver(mesh, local=key.id, storage=Memory())
+    driver = Driver(mesh, local=key.id, storage=storage or Memory())
     server.add_generic_rpc_handlers((driver.receiver.handler(),))
     await server.start()
     driver.start()
@@ -221,6 +224,76 @@ async def test_a_node_that_closed_handles_nothing_and_closes_again() -> None:
         await a.driver.close()
         a.join(a)
         await a.driver.close()
+
+
+async def test_a_defect_of_the_core_does_not_stop_the_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fieldmesh.runtime.driver.TICK_AFTER_DEFECT_S", 0.01)
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    async with running("anna") as a, running("bert") as b:
+        mesh, over = a.driver._mesh, asyncio.Event()
+        real, defects = mesh.handle, [AssertionError("a defect")] * 3
+
+        def handle(event: Event, now: float) -> list[Effect]:
+            if isinstance(event, Tick) and defects:
+                raise defects.pop()
+            if isinstance(event, Tick):
+                over.set()
+            return real(event, now)
+
+        monkeypatch.setattr(mesh, "handle", handle)
+        async with asyncio.timeout(PATIENCE_S):
+            await over.wait()
+        assert [str(defect) for defect in reported] == ["a defect"] * 3
+        b.join(a)
+        await b.until_sees(a, NodeState.ALIVE)
+        await a.until_sees(b, NodeState.ALIVE)
+
+
+# --- effects -------------------------------------------------------------------------------
+
+
+async def test_a_send_waits_for_the_persist_before_it_and_for_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disk, sent, last = SlowDisk(), [], asyncio.Event()
+    first, second = Persist(key="k", data=b"1"), Persist(key="k", data=b"2")
+    lists = {
+        "durable": [say("1"), first, say("2"), second, say("last")],
+        "meanwhile": [say("4"), Note(event="noted", fields=(("n", 1),)), say("5")],
+    }
+
+    def send(_: object, __: object, data: bytes) -> None:
+        sent.append(spoken(data))
+        if sent[-1] == "last":
+            last.set()
+
+    async with running("anna", storage=disk) as a:
+        monkeypatch.setattr(a.driver.links, "send", send)
+        monkeypatch.setattr(a.driver._mesh, "handle", lambda event, now: lists.pop(event, []))
+        a.driver.handle("durable")  # type: ignore[arg-type]
+        await disk.begun()
+        assert sent == ["1"]
+        a.driver.handle("meanwhile")  # type: ignore[arg-type]
+        assert sent == ["1", "4", "5"]
+        disk.finish()
+        await disk.begun()
+        assert sent == ["1", "4", "5", "2"]
+        disk.finish()
+        async with asyncio.timeout(PATIENCE_S):
+            await last.wait()
+        assert disk.written == [("k", b"1"), ("k", b"2")]
+
+
+def say(code: str) -> Send[ControlMessage]:
+    nobody = Address(host="127.0.0.1", port=1)
+    return Send(to=None, address=nobody, message=Refused(code=code, message="", dialed=nobody))
+
+
+def spoken(data: bytes) -> str:
+    _, message = wire.decode(data)
+    assert isinstance(message, Refused)
+    return message.code
 
 
 # --- the disk ------------------------------------------------------------------------------

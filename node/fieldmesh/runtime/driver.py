@@ -28,6 +28,7 @@ VIEW_INTERVAL_S = 0.02
 """A burst of changes is published as one view."""
 LOAD_INTERVAL_S = 0.1
 """How often ordinary changes of load reach the core; the next heartbeat carries the latest."""
+TICK_AFTER_DEFECT_S = 1.0
 SAVES_WAITING_MAX = 64
 GOODBYE_TIMEOUT_S = 0.5
 
@@ -168,7 +169,8 @@ class Driver:
         self._timer = self._loop.call_at(deadline, self._timer_fired)
 
     def _timer_fired(self) -> None:
-        self._timer = None
+        # A defect in the core must not stop the beat: the loop reports it, and this tick comes instead.
+        self._timer = self._loop.call_later(TICK_AFTER_DEFECT_S, self._timer_fired)
         deadline = self._mesh.deadline
         if deadline is not None and self._loop.time() >= deadline:
             self.handle(Tick())
