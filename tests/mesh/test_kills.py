@@ -181,7 +181,9 @@ def test_nothing_that_had_not_begun_is_lost_when_nodes_and_engines_are_killed() 
         finally:
             for thread in workers:
                 thread.join()
-        print(f"{ASKS} asks, {len(killer.kills)} kills in {time.monotonic() - begun:.0f} s: {dict(book.counts())}")
+        print(
+            f"{ASKS} asks, {len(killer.kills)} kills in {time.monotonic() - begun:.0f} s: {dict(book.counts())}"
+        )
         mesh, listeners = cluster.mesh, [box.client for box in cluster.boxes.values()]
         listeners += [box.peer for box in cluster.boxes.values()]
 

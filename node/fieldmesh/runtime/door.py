@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -73,18 +73,22 @@ def guarded(method: Unary[Request, Response]) -> Unary[Request, Response]:
 
 
 def guarded_stream(method: Stream[Request, Response]) -> Stream[Request, Response]:
-    """A streaming method whose errors leave as coded statuses; the stream behind it is always closed."""
+    """A streaming method whose errors leave as coded statuses; the generator behind it is always closed.
+
+    What gRPC is given is a coroutine that writes: it is cancelled where it stands when the caller leaves. A
+    generator would merely be dropped, and closed whenever it is collected.
+    """
 
     @functools.wraps(method)
-    async def wrapper(self: Any, request: Request, context: Context) -> AsyncGenerator[Response, None]:
+    async def wrapper(self: Any, request: Request, context: Context) -> None:
         with log.request(_request_id(request)):
             try:
                 async with aclosing(method(self, request, context)) as responses:  # type: ignore[type-var]
                     async for response in responses:
-                        yield response
+                        await context.write(response)
             except FieldmeshError as error:
                 await _refuse(context, error)
             except Exception:  # noqa: BLE001 - the caller must get a code, and the log the traceback
                 await _refuse(context, _defect())
 
-    return wrapper
+    return cast(Stream[Request, Response], wrapper)  # gRPC takes either; the stubs know one

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from random import Random, SystemRandom
@@ -39,6 +39,7 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.core.routing import Policy
 from fieldmesh.engine.cores import cpu_budget
+from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.gguf import read_header
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.settings import EngineSettings
@@ -65,6 +66,9 @@ CLIENT_CONNECTIONS_MAX = 4096
 SERVER_STOP_GRACE_S = 1.0
 ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
+
+MakeEngine = Callable[[EngineSettings], EngineFront]
+"""Protocol tests bring a fake engine; everything else has the real one."""
 
 logger = log.get()
 
@@ -93,11 +97,11 @@ async def serve(config: NodeConfig) -> None:
 
 
 @asynccontextmanager
-async def running(config: NodeConfig) -> AsyncIterator[Node]:
+async def running(config: NodeConfig, make_engine: MakeEngine = EngineProcess) -> AsyncIterator[Node]:
     """A node that serves; leaving the context ends it. Raises as ``serve`` does."""
     config.validate()
     async with AsyncExitStack() as stack:
-        node = Node(config)
+        node = Node(config, make_engine)
         await node.open(stack)
         yield node
 
@@ -105,8 +109,9 @@ async def running(config: NodeConfig) -> AsyncIterator[Node]:
 class Node:
     """One running node."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, make_engine: MakeEngine) -> None:
         self.config = config
+        self._make_engine = make_engine
         self.profile: Profile = profiles.load(config.node.profile)
         self.client_address = config.listen.client
         self.peer_address = config.listen.peer
@@ -116,7 +121,7 @@ class Node:
     async def open(self, stack: AsyncExitStack) -> None:
         """Start every part; ``stack`` ends them in the opposite order."""
         config = self.config
-        self._engine = EngineProcess(engine_settings(config, self.profile))
+        self._engine = self._make_engine(engine_settings(config, self.profile))
         folder = stack.enter_context(StateFolder.open(config.state_folder))
         self.key = Key.load(folder)
         links_config = LinksConfig(
