@@ -261,6 +261,8 @@ def from_ids(*token_ids: int) -> Job:
         (job("a", prompt="\ud800"), InvalidRequest, "prompt"),
         (job("a", prompt="long " * 100), PromptTooLong, "prompt"),
         (job("a", prompt="x" * (5 << 20)), PromptTooLong, "prompt"),
+        (job("a", prompt="x" * 20_000), PromptTooLong, "prompt"),
+        (job("a", resume_token_ids=(5,) * 300), PromptTooLong, "resume_token_ids"),
         (job("a", resume_token_ids=(1 << 30,)), InvalidRequest, "resume_token_ids"),
         (job("a", deadline_s=math.nan), InvalidRequest, "deadline_s"),
         (job("a", sampling=replace(GREEDY, temperature=-1)), InvalidRequest, "temperature"),

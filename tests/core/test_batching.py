@@ -391,11 +391,11 @@ def test_reuse_can_be_turned_off_for_models_whose_cache_cannot_be_cut() -> None:
 def test_new_work_overwrites_the_prefix_used_least_recently() -> None:
     drive = Drive()
     for i in range(CONFIG.slots):
-        drive.submit(work(f"w{i}", prompt=20, first=1000 * i, tokens_max=1 + 3 * i))
+        drive.submit(work(f"w{i}", prompt=20, first=1000 * i, tokens_max=10 - 3 * i))
     drive.run()
     drive.submit(work("new", prompt=20, first=9000))
     drive.run()
-    drive.submit(*(work(f"again{i}", prompt=20, first=1000 * i) for i in (3, 2, 1, 0)))
+    drive.submit(*(work(f"again{i}", prompt=20, first=1000 * i) for i in range(CONFIG.slots)))
     assert sorted(p.keep_tokens for p in drive.step().places) == [0, 19, 19, 19]
 
 

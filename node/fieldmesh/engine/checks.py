@@ -62,10 +62,8 @@ def check_prompt(prompt: Prompt) -> None:
             )
     if not any(m.content.strip() for m in prompt.messages) and prompt.messages:
         raise InvalidRequest("all messages are empty; at least one needs content", field="messages")
-    texts = [prompt.text or "", *(m.content for m in prompt.messages)]
-    if not all(map(_encodable, texts)):
-        raise InvalidRequest("the prompt is not valid Unicode (a lone surrogate)", field="prompt")
-    size = sum(map(len, texts)) + 4 * len(prompt.token_ids)
+    size = _utf8_bytes(prompt.text or "", "prompt") + 4 * len(prompt.token_ids)
+    size += sum(_utf8_bytes(m.content, "prompt") for m in prompt.messages)
     if size > PROMPT_BYTES_MAX:
         raise PromptTooLong(
             f"the prompt has {size} bytes; at most {PROMPT_BYTES_MAX} are read", field="prompt"
@@ -80,7 +78,7 @@ def check_sampling(sampling: Sampling) -> None:
             raise InvalidRequest(f"{name} must be between {low} and {high}, not {value}", field=name)
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         raise InvalidRequest("seed must be between 0 and 2**64 - 1", field="seed")
-    sane = all(1 <= len(s) <= STOP_CHARACTERS_MAX and _encodable(s) for s in sampling.stop)
+    sane = all(1 <= len(s) <= STOP_CHARACTERS_MAX and _utf8_bytes(s, "stop") for s in sampling.stop)
     if len(sampling.stop) > STOPS_MAX or not sane:
         raise InvalidRequest(
             f"stop takes at most {STOPS_MAX} strings of 1 to {STOP_CHARACTERS_MAX} characters", field="stop"
@@ -91,12 +89,11 @@ def check_sampling(sampling: Sampling) -> None:
         )
 
 
-def _encodable(text: str) -> bool:
+def _utf8_bytes(text: str, field: str) -> int:
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError:
-        return False
-    return True
+        raise InvalidRequest(f"{field} is not valid Unicode (it has a lone surrogate)", field=field) from None
 
 
 def check_token_ids(token_ids: tuple[int, ...], vocabulary_tokens: int, field: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
 
 from fieldmesh.core.batching import Batcher, Output, Place, Sampled, Slice, StepPlan, Work
-from fieldmesh.core.errors import DeadlineExceeded, FieldmeshError, InvalidRequest
+from fieldmesh.core.errors import DeadlineExceeded, FieldmeshError, InvalidRequest, PromptTooLong
 from fieldmesh.core.model import Completion, FinishReason, Prompt, Sampling, Usage
 from fieldmesh.core.text import TextStream
 from fieldmesh.engine.chat import ChatTemplate
@@ -39,6 +39,8 @@ from fieldmesh.engine.settings import EngineSettings
 
 WARM_UP_PROMPT_TOKENS = 16
 WARM_UP_TOKENS = 4
+CHARACTERS_PER_TOKEN_MAX = 64
+"""Far above what texts have (English about 4), far below what would keep a tokenizer busy for long."""
 
 
 class Draws(Protocol):
@@ -183,6 +185,11 @@ class EngineLoop:
     def _submit(self, command: Submit, now: float) -> list[Report]:
         job = command.job
         prompt = self._tokenize(job.prompt)
+        if len(job.resume_token_ids) > self._settings.context_tokens:
+            raise PromptTooLong(
+                f"{len(job.resume_token_ids)} tokens to resume do not fit {self._settings.context_tokens}",
+                field="resume_token_ids",
+            )
         check_token_ids(job.resume_token_ids, self._model.vocabulary_tokens, "resume_token_ids")
         check_token_ids(job.sampling.stop_token_ids, self._model.vocabulary_tokens, "stop_token_ids")
         stream, seed = TextStream(job.sampling.stop), job.sampling.seed
@@ -239,11 +246,24 @@ class EngineLoop:
                     field="messages",
                 )
             text = self._chat.render(prompt.messages, system_prompt=self._settings.system_prompt)
+            self._check_length(text)
             return self._model.tokenize(text, add_bos=False)  # templates write the beginning themselves
         if prompt.text is not None:
+            self._check_length(prompt.text)
             return self._model.tokenize(prompt.text, add_bos=True)
         check_token_ids(prompt.token_ids, self._model.vocabulary_tokens, "prompt.token_ids")
         return prompt.token_ids
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit before spending the running streams' time on its tokens."""
+        characters_max = self._settings.context_tokens * CHARACTERS_PER_TOKEN_MAX
+        if len(text) > characters_max:
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters; at most {characters_max} are read for a context of "
+                f"{self._settings.context_tokens} tokens",
+                field="prompt",
+                metadata={"context_tokens": str(self._settings.context_tokens)},
+            )
 
     # --- steps ------------------------------------------------------------------------------
 
