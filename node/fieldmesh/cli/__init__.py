@@ -1,2 +1,1 @@
-"""The command line. Each module holds one group of commands; what is slow to import is imported when it is
-used."""
+"""The command line. Each module holds one group of commands; slow imports happen inside them."""

@@ -1,5 +1,4 @@
-"""The tree of commands. Owns: the options before the command, and turning errors into sentences and exit
-codes."""
+"""The tree of commands. Owns: options before the command, errors as sentences and exit codes."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def version(as_json: asking.Json = False) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code. Every error is one sentence on stderr (with --debug a
-    traceback)."""
+    """Run one command line; the exit code. Errors are a sentence on stderr (with --debug a traceback)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows another
             stream.reconfigure(errors="replace")

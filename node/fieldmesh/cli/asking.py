@@ -232,8 +232,7 @@ def _command(line: str, options: dict[str, Any], turns: list[Message]) -> None:
 
 
 def _turn(client: Client, turns: list[Message], options: dict[str, Any]) -> str:
-    """Ask with the talk so far, forgetting its beginning when it has become too long; "" where that
-    failed."""
+    """The answer to the talk so far, whose beginning is forgotten when it is too long; "" for none."""
     while True:
         with client.chat(turns, **options) as stream:
             try:

@@ -1,5 +1,4 @@
-"""Node processes on this box. Owns: their ports, their starting, watching and ending, so that none is left
-behind.
+"""Node processes on this box. Owns: their ports, starting, watching and ending: none is left behind.
 
 Each is a real `fieldmesh serve` in a process group of its own, so that Ctrl-C reaches only us. Its stdin is a
 pipe that we hold: when we are gone, however that came, it reads the end and leaves by itself. Must not: know

@@ -132,8 +132,7 @@ def check(
 
 
 def _together(chosen: list[Profile]) -> list[Profile]:
-    """The chosen profiles and the listed ones that they do not replace. Raises ProfileInvalid for a broken
-    one."""
+    """The chosen profiles and the listed ones that they do not replace. Raises ProfileInvalid."""
     from fieldmesh import profiles
 
     names = {profile.name for profile in chosen}

@@ -1,5 +1,4 @@
-"""What reaches the terminal. Owns: data on stdout, messages on stderr, and one exit code for each kind of
-error.
+"""What reaches the terminal. Owns: data on stdout, messages on stderr, an exit code for each error.
 
 Must not: know a command.
 """
@@ -77,8 +76,7 @@ def complain(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """Data, at once. What a model or another node wrote must not steer a terminal: escapes are left out
-    there."""
+    """Data, at once. What a model or a node wrote must not steer a terminal, so escapes stay out of one."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

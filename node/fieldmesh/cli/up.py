@@ -1,5 +1,4 @@
-"""`up`: a mesh on this box. Owns: which nodes there are, what happens while they run, and that all end with
-it."""
+"""`up`: a mesh on this box. Owns: which nodes there are, and what is done while they run."""
 
 from __future__ import annotations
 
@@ -99,8 +98,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _share_of_cores(nodes: int) -> int:
-    """Threads of each node: ggml's threads spin while they wait, so one too many costs more than one too
-    few."""
+    """Threads of each node: they spin while they wait, so one too many costs more than one too few."""
     from fieldmesh.engine.cores import cpu_budget
 
     return max(1, cpu_budget() // nodes)
@@ -109,8 +107,7 @@ def _share_of_cores(nodes: int) -> int:
 def _plans(
     chosen: list[str], found: list[Profile], config: NodeConfig, first_port: int, mesh: str
 ) -> list[Plan]:
-    """One plan a node. Meshes on other ports of this box have other names, so that each keeps its own
-    state."""
+    """One plan a node. A mesh on other ports of this box has another name, and so its own state."""
     import platformdirs
 
     from fieldmesh.cli.children import HOST, Plan, free_port_pairs
@@ -180,8 +177,7 @@ def _ask(question: str, running: list[Child], found: list[Profile], max_tokens: 
 
 
 def _entry(question: str, found: list[Profile]) -> int:
-    """The node to ask through: one whose profile does not own the question's domain, a generalist if
-    possible."""
+    """The node to ask through: one that does not own the question's domain, a generalist if possible."""
     from fieldmesh.profile_checks import try_question
 
     owners = try_question(found, question).profiles

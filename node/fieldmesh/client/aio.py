@@ -196,8 +196,7 @@ class AsyncClient:
 
     @contextmanager
     def _link(self, address: Address) -> Iterator[_Link]:
-        """The channel to ``address``, kept open for later calls; the longest unused goes when there are too
-        many."""
+        """The link to ``address``, kept for later calls; of too many, the longest unused goes."""
         link = self._links.pop(address, None)
         if link is None:
             channel = grpc.aio.insecure_channel(str(address), options=calls.CHANNEL_OPTIONS)

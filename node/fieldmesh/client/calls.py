@@ -1,5 +1,4 @@
-"""What both clients have in common. Owns: requests made from arguments, channel options, foreign errors
-translated.
+"""What both clients have in common. Owns: requests from arguments, channel options, errors translated.
 
 Must not: open a channel or wait for anything.
 """
@@ -66,8 +65,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 
 Turns = str | Sequence[Message | Mapping[str, str] | tuple[str, str]]
-"""A question, or the turns of a conversation: ``Message`` records, ``{"role", "content"}`` or ``(role,
-content)``."""
+"""A question, or the turns of a conversation: ``Message``, ``{"role", "content"}`` or ``(role, content)``."""
 
 
 class Options(TypedDict, total=False):

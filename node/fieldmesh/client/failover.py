@@ -147,8 +147,7 @@ class Attempts:
         return address
 
     def time_left_s(self, now: float) -> float | None:
-        """What is left of the deadline; None where there is none. Raises DeadlineExceeded when it has
-        passed."""
+        """What is left of the deadline; None where there is none. Raises DeadlineExceeded."""
         if self._deadline is None:
             return None
         if now >= self._deadline:

@@ -63,8 +63,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """One profile at one node. A generalist has no ``domains``; ``available`` says that it can be asked
-    now."""
+    """One profile at one node. A generalist has no ``domains``; ``available``: it can be asked now."""
 
     profile: str
     model: str
@@ -124,8 +123,7 @@ class Tokens:
 
 
 def as_json(record: object) -> Any:
-    """``record`` (or a tuple of records) as plain JSON values: enums by their value, addresses as
-    host:port."""
+    """``record`` (or several) as plain JSON values: enums by their value."""
     return msgspec.to_builtins(record, enc_hook=str)
 
 

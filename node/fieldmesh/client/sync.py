@@ -203,8 +203,7 @@ class Client:
 
     @contextmanager
     def _link(self, address: Address) -> Iterator[_Link]:
-        """The channel to ``address``, kept for later calls; the longest unused goes when there are too
-        many."""
+        """The link to ``address``, kept for later calls; of too many, the longest unused goes."""
         dropped: list[_Link] = []
         with self._lock:
             link = self._links.pop(address, None)
