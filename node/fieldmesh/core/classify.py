@@ -56,7 +56,7 @@ MIDDLE = 0.4
 """Where the border is on the way from the mean score of unseen texts of no domain to that of unseen texts of
 their own domain. Not half-way: the former vary less."""
 
-MIDDLE_MIN = 0.14
+MIDDLE_MIN = 0.18
 """Score below which no domain is named, whatever the calibration says: a learned example scores about one."""
 
 OUTSIDE = -1
@@ -97,8 +97,19 @@ class Classification:
 
 # --- features ----------------------------------------------------------------------------
 
-_BLOCK_WEIGHTS = (0.58, 0.58, 0.58)
-"""Of words, pairs of words and character n-grams; their squares sum to about one."""
+BLOCKS = 3
+"""Words, pairs of words, character n-grams."""
+
+
+def _block_weights(texts: int) -> tuple[float, ...]:
+    """How much each block counts; the squares sum to one.
+
+    The more text there is to learn from, the more often pairs of words come again and the less n-grams have
+    to stand in for words that were never seen.
+    """
+    words = 0.57
+    pairs = min(0.65, max(0.3, 0.2 * math.log10(1 + texts) - 0.12))
+    return words, pairs, math.sqrt(1 - words**2 - pairs**2)
 
 
 def _normal(text: str) -> str:
@@ -141,7 +152,8 @@ class _Vocabulary:
     """The features of the training texts and their weights (inverse document frequency)."""
 
     def __init__(self, texts: Sequence[tuple[Counter[str], ...]]) -> None:
-        self._ids: tuple[dict[str, int], ...] = tuple({} for _ in _BLOCK_WEIGHTS)
+        self._ids: tuple[dict[str, int], ...] = tuple({} for _ in range(BLOCKS))
+        self._block_weights = _block_weights(len(texts))
         self._idf = [0.0]
         documents = len(texts)
         self._unknown_idf = math.log(1 + documents) + 1
@@ -160,7 +172,7 @@ class _Vocabulary:
         """Each block at its weight's length, of which unknown features take their part."""
         all_ids = [0, 0]
         values = [0.0, 0.0]
-        for ids, weight, block in zip(self._ids, _BLOCK_WEIGHTS, counts, strict=True):
+        for ids, weight, block in zip(self._ids, self._block_weights, counts, strict=True):
             squares = 0.0
             found: list[float] = []
             for feature, count in block.items():
