@@ -34,7 +34,7 @@ from tests.engine.tiny_model import write_tiny_model
 FAST = CostModel(step_base_s=0.0005, decode_row_s=0.0, prefill_token_s=0.0)
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SLOTS, QUEUE_MAX, CONTEXT_TOKENS = 2, 2, 256
+SLOTS, QUEUE_MAX, CONTEXT_TOKENS = 2, 2, 4096
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +183,16 @@ async def test_token_ids_and_text_are_the_same_prompt(engine: Engine) -> None:
 
 
 async def test_closing_the_iterator_frees_the_slot(engine: Engine) -> None:
-    endless = replace(GREEDY, max_tokens=200)
+    endless = replace(GREEDY, max_tokens=4000)
     events = engine.submit(job("a", sampling=endless))
     await anext(events)
-    assert (await wait_load(engine, lambda load: load.running == 1)).kv_cells_used > 200
+    assert (await wait_load(engine, lambda load: load.running == 1)).kv_cells_used > 4000
     await events.aclose()  # type: ignore[attr-defined]
     await wait_load(engine, lambda load: load.running == 0)
 
 
 async def test_a_generation_id_in_use_is_refused_and_free_again_afterwards(engine: Engine) -> None:
-    events = engine.submit(job("a", sampling=replace(GREEDY, max_tokens=200)))
+    events = engine.submit(job("a", sampling=replace(GREEDY, max_tokens=4000)))
     await anext(events)
     with pytest.raises(InvalidRequest, match="runs here already"):
         await ask(engine, job("a"))
@@ -201,7 +201,7 @@ async def test_a_generation_id_in_use_is_refused_and_free_again_afterwards(engin
 
 
 async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: Engine) -> None:
-    endless = replace(GREEDY, max_tokens=200)
+    endless = replace(GREEDY, max_tokens=4000)
     streams = [engine.submit(job(f"j{i}", sampling=endless)) for i in range(SLOTS + QUEUE_MAX)]
     for stream in streams:
         await anext(stream)
@@ -213,8 +213,8 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: Engine) -> 
 
 
 async def test_a_deadline_ends_a_running_job(engine: Engine) -> None:
-    with pytest.raises(DeadlineExceeded, match="of 200 tokens"):
-        await ask(engine, job("a", sampling=replace(GREEDY, max_tokens=200), deadline_s=0.02))
+    with pytest.raises(DeadlineExceeded, match="of 4000 tokens"):
+        await ask(engine, job("a", sampling=replace(GREEDY, max_tokens=4000), deadline_s=0.01))
     await wait_load(engine, lambda load: load.running == 0)
 
 
@@ -224,7 +224,7 @@ async def test_a_deadline_already_past_is_said_so(engine: Engine) -> None:
 
 
 async def test_an_unread_stream_is_paused_then_ended_and_others_go_on(engine: Engine) -> None:
-    events = engine.submit(job("slow", sampling=replace(GREEDY, max_tokens=200)))
+    events = engine.submit(job("slow", sampling=replace(GREEDY, max_tokens=4000)))
     await anext(events)
     await ask(engine, job("other"))
     await wait_load(engine, lambda load: load.running == 0)
@@ -259,10 +259,10 @@ def from_ids(*token_ids: int) -> Job:
         (chat("a", "x", role="cat"), InvalidRequest, "messages[0].role"),
         (chat("a", "  "), InvalidRequest, "messages"),
         (job("a", prompt="\ud800"), InvalidRequest, "prompt"),
-        (job("a", prompt="long " * 100), PromptTooLong, "prompt"),
+        (job("a", prompt="long " * 1000), PromptTooLong, "prompt"),
         (job("a", prompt="x" * (5 << 20)), PromptTooLong, "prompt"),
-        (job("a", prompt="x" * 20_000), PromptTooLong, "prompt"),
-        (job("a", resume_token_ids=(5,) * 300), PromptTooLong, "resume_token_ids"),
+        (job("a", prompt="x" * 300_000), PromptTooLong, "prompt"),
+        (job("a", resume_token_ids=(5,) * 5000), PromptTooLong, "resume_token_ids"),
         (job("a", resume_token_ids=(1 << 30,)), InvalidRequest, "resume_token_ids"),
         (job("a", deadline_s=math.nan), InvalidRequest, "deadline_s"),
         (job("a", sampling=replace(GREEDY, temperature=-1)), InvalidRequest, "temperature"),
@@ -292,7 +292,7 @@ async def test_bad_input_is_refused_by_field_and_the_engine_lives(
 async def test_a_closed_engine_ends_its_jobs_and_takes_no_more(unstarted: Engine) -> None:
     engine = unstarted
     await engine.start()
-    events = engine.submit(job("a", sampling=replace(GREEDY, max_tokens=200)))
+    events = engine.submit(job("a", sampling=replace(GREEDY, max_tokens=4000)))
     await anext(events)
     await engine.close()
     with pytest.raises(EngineLost):

@@ -23,7 +23,7 @@ def refused(path: Path, data: bytes) -> str:
 def test_a_sound_file_says_what_it_holds(tiny_model: Path) -> None:
     header = read_header(str(tiny_model))
     assert (header.architecture, header.name, header.version, header.tensors) == ("llama", "tiny", 3, 21)
-    assert header.keys["llama.context_length"] == 512
+    assert header.keys["llama.context_length"] == 8192
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.engine.asking import GREEDY, ask, drain, job, wait_load
 @pytest.fixture
 def settings(tiny_model: Path) -> EngineSettings:
     return EngineSettings(
-        model_path=str(tiny_model), slots=2, context_tokens=256, restart_backoff_s=0.01, crashes_max=3
+        model_path=str(tiny_model), slots=2, context_tokens=4096, restart_backoff_s=0.01, crashes_max=3
     )
 
 
@@ -59,7 +59,7 @@ def ready(load: object) -> bool:
     return load.engine is EngineState.READY  # type: ignore[attr-defined]
 
 
-LONG = replace(GREEDY, max_tokens=200)
+LONG = replace(GREEDY, max_tokens=4000)
 
 
 async def paused_job(engine: EngineProcess, name: str) -> AsyncIterator[object]:
@@ -248,8 +248,8 @@ async def test_a_file_that_llama_cpp_refuses_is_told_with_its_words(tiny_model: 
 
 
 async def test_more_context_than_the_model_was_trained_for_is_refused(tiny_model: Path) -> None:
-    engine = EngineProcess(EngineSettings(model_path=str(tiny_model), context_tokens=1024))
-    with pytest.raises(ConfigError, match="at most 512"):
+    engine = EngineProcess(EngineSettings(model_path=str(tiny_model), context_tokens=9000))
+    with pytest.raises(ConfigError, match="at most 8192"):
         await engine.start()
     await engine.close()
 

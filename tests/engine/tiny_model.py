@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-CONTEXT_TOKENS = 512
+CONTEXT_TOKENS = 8192
 EMBEDDING, HEADS, LAYERS, FEED_FORWARD = 32, 4, 2, 64
 WORDS = ["▁", *"abcdefghijklmnopqrstuvwxyz .,?!", "▁the", "▁a", "▁field", "▁mesh", "ing", "er"]
 TEMPLATE = (
