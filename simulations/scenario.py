@@ -48,6 +48,7 @@ class Scenario:
     says: str
     nodes: int
     virtual_s: float
+    start_s: float = 0.5
     warmup_s: float = 5.0
     settle_s: float = 40.0
     converge_s: float = 30.0
@@ -57,6 +58,7 @@ class Scenario:
     mdns: bool = False
     seeds_swept: int = 500
     checks_alive: bool = True
+    check_every_events: int = 1
     clock_offset_s_max: float = 1000.0
     clock_rate_error_max: float = 0.0005
     late_nodes: int = 0
@@ -115,7 +117,15 @@ def names() -> list[str]:
 
 def build(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[World, Playground, Watch]:
     """The world of one seed, its nodes started, its faults scheduled."""
-    world = World(seed, MeshCodec(), link=scenario.link, refused=refused, lists_wait=False, record=record)
+    world = World(
+        seed,
+        MeshCodec(),
+        link=scenario.link,
+        refused=refused,
+        lists_wait=False,
+        record=record,
+        check_every_events=scenario.check_every_events,
+    )
     rng = Random(world.random.getrandbits(64))
     config = MeshConfig(
         membership=MembershipConfig(**scenario.membership),
@@ -146,7 +156,7 @@ def build(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[World
             clock_offset_s=rng.uniform(0, scenario.clock_offset_s_max),
             clock_rate=1 + rng.uniform(-1, 1) * scenario.clock_rate_error_max,
         )
-        world.at(rng.uniform(0, 0.5), f"start {label}", lambda label=label: ground.start(label))  # type: ignore[misc]
+        world.at(rng.uniform(0, scenario.start_s), f"start {label}", lambda label=label: ground.start(label))  # type: ignore[misc]
     for index in range(scenario.late_nodes):
         world.make_late(f"n{index}", scenario.late_probability, scenario.late_s_max)
     watch = Watch(scenario, ground)

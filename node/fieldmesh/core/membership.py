@@ -239,9 +239,12 @@ class Membership:
         self._nonce = rng.getrandbits(63)
         self._sequence = 0
         self._peers: dict[NodeId, Peer] = {}
+        self._living: dict[NodeId, Peer] = {}
+        """Those of them that are not gone."""
         self._rumors: dict[NodeId, tuple[Rumor, int]] = {}
         self._helping: dict[NodeId, list[tuple[NodeId, int, float]]] = {}
         self._ring: list[NodeId] = []
+        self._gossip_ring: list[Peer] = []
         self._noted: dict[str, float] = {}
         self._direct = True
         self._beat_at: float | None = None
@@ -311,7 +314,7 @@ class Membership:
         if vouched and not trusted:
             peer.vouched_at = now
             peer.waiting_since = now - self.config.suspect_after_s
-        self._peers[hint.id] = peer
+        self._add(peer)
         self.revision += 1
         self._choose_mode(now)
         self._hurry(now)
@@ -329,6 +332,7 @@ class Membership:
         assert len(self._peers) <= self.config.peers_max, "more peers than peers_max"
         assert self.left or self._due is not None, "no deadline"
         for peer in self._peers.values():
+            assert peer.gone != (peer.id in self._living), f"{peer.id} is misfiled"
             assert peer.state is not NodeState.SUSPECT or peer.confirmers, f"{peer.id} is accused by nobody"
             assert not (peer.gone and peer.waiting_since is not None), f"{peer.id} is gone and waited for"
             assert len(peer.addresses) <= ADDRESSES_MAX + 1, f"{peer.id} has too many addresses"
@@ -348,16 +352,19 @@ class Membership:
                 yield from self._link_failed(address, now)
             case LoadChanged(load=load):
                 urgent = load.accepting != self.load.accepting or load.engine is not self.load.engine
+                self.revision += load != self.load  # the view shows our own load too
                 self.load = load
                 if urgent:
                     self.beat_soon(now)
             case AddressesChanged(addresses=addresses):
                 self.addresses = addresses[:ADDRESSES_MAX]
-                yield from (hello for peer in self._living() for hello in self._hello(peer))
+                yield from (hello for peer in self._living.values() for hello in self._hello(peer))
             case LeaveRequested():
                 self.left, self._due = True, None
                 goodbye = Goodbye(incarnation=self.incarnation, sequence=self._next_sequence())
-                yield from (self._send(peer, goodbye) for peer in self._living() if peer.address is not None)
+                yield from (
+                    self._send(peer, goodbye) for peer in self._living.values() if peer.address is not None
+                )
             case _:
                 assert_never(event)
 
@@ -412,10 +419,9 @@ class Membership:
         if self._beat_at is None or now >= self._beat_at:
             self._beat_at = now + self.config.beat_s * self._rng.uniform(0.95, 1.05)
             yield from self._beat(now)
-        for peer in list(self._peers.values()):
-            if peer.gone:
-                self._forget_if_long_gone(peer, now)
-            elif peer.waiting_since is not None or peer.state is NodeState.SUSPECT:
+            self._forget_long_gone(now)
+        for peer in list(self._living.values()):
+            if peer.waiting_since is not None or peer.state is NodeState.SUSPECT:
                 yield from self._judge(peer, now, stalled)
         yield from self._knock(now)
         self._late_now = 0.0
@@ -425,9 +431,7 @@ class Membership:
         assert self._beat_at is not None
         due = self._beat_at
         config = self.config
-        for peer in self._peers.values():
-            if peer.gone:
-                continue
+        for peer in self._living.values():
             if peer.waiting_since is not None:
                 suspect_at = peer.waiting_since + config.suspect_after_s
                 due = min(due, max(peer.waiting_since + config.probe_after_s, peer.probe_at))
@@ -460,11 +464,11 @@ class Membership:
 
     def _beat_targets(self) -> list[Peer]:
         if self._direct:
-            return list(self._living())
+            return list(self._living.values())
         targets: list[Peer] = []
         while len(targets) < self.config.random_probes:
             if not self._ring:
-                self._ring = [peer.id for peer in self._living()]
+                self._ring = [peer.id for peer in self._living.values()]
                 self._rng.shuffle(self._ring)
                 if not self._ring:
                     break
@@ -615,7 +619,7 @@ class Membership:
 
     def _deaf_ourselves(self, now: float) -> bool:
         """Most of the mesh is silent at once: then it is more likely us, and we accuse nobody aloud."""
-        living = list(self._living())
+        living = list(self._living.values())
         silent = sum(
             peer.waiting_since is not None and now - peer.waiting_since >= self.config.probe_after_s
             for peer in living
@@ -625,7 +629,7 @@ class Membership:
     def _suspicion_s(self, peer: Peer) -> float:
         """How long a suspicion may be refuted: Lifeguard 3.2, by the number of independent accusers."""
         config = self.config
-        wanted = min(config.confirmations_wanted, max(0, self._living_count() - 2))
+        wanted = min(config.confirmations_wanted, max(0, len(self._living) - 2))
         if wanted == 0:
             return config.suspicion_s_min
         share = math.log(len(peer.confirmers)) / math.log(wanted + 1)
@@ -653,6 +657,10 @@ class Membership:
         peer.state, peer.since = state, now
         self.revision += 1
         if peer.gone:
+            self._living.pop(peer.id, None)
+        else:
+            self._living[peer.id] = peer
+        if peer.gone:
             peer.waiting_since, peer.deaf, peer.doubted = None, False, False
             peer.retries, peer.retry_at = 0, now
             for address in peer.addresses:
@@ -664,11 +672,11 @@ class Membership:
 
     def _choose_mode(self, now: float) -> None:
         """Direct beats up to ``direct_max`` peers; the clocks of the others' silence change meaning."""
-        direct = self._living_count() <= self.config.direct_max
+        direct = len(self._living) <= self.config.direct_max
         if direct == self._direct:
             return
         self._direct = direct
-        for peer in self._living():
+        for peer in self._living.values():
             if direct and peer.waiting_since is None:
                 peer.waiting_since = now
             elif not direct and peer.state is NodeState.ALIVE:
@@ -694,7 +702,9 @@ class Membership:
 
     def _ask_others(self, peer: Peer) -> Iterator[Effect]:
         assert peer.address is not None
-        others = [p for p in self._living() if p is not peer and p.state is NodeState.ALIVE and p.address]
+        others = [
+            p for p in self._living.values() if p is not peer and p.state is NodeState.ALIVE and p.address
+        ]
         for other in self._rng.sample(others, min(self.config.indirect_probes, len(others))):
             self.counts["indirect_probes"] += 1
             nonce = self._rng.getrandbits(32)
@@ -731,7 +741,7 @@ class Membership:
 
     def _link_failed(self, address: Address, now: float) -> Iterator[Effect]:
         """Refused or broken connections hurry a death up, but do not prove it."""
-        for peer in list(self._living()):
+        for peer in list(self._living.values()):
             if peer.address != address:
                 continue
             self._try_other_address(peer, now)
@@ -756,7 +766,8 @@ class Membership:
                 self.joining.forget(address)
                 continue
             yield Send(to=None, address=address, message=Hello(who=self._introduction(), dialed=address))
-        budget = self.joining.config.tries_per_beat_max
+        # In a large mesh gossip tells of the living; knocking is for those that nobody tells of.
+        budget = self.joining.config.tries_per_beat_max if self._direct else 1
         for peer in self._peers.values():
             if budget and peer.state is NodeState.DEAD and peer.retry_at <= now and peer.addresses:
                 budget -= 1
@@ -846,7 +857,7 @@ class Membership:
                 state=NodeState.DEAD,
                 since=now,
             )
-            self._peers[sender] = peer
+            self._add(peer)
             self.counts["joined"] += 1
         elif who.incarnation < peer.incarnation:
             yield from self._tell_stale(peer, who.addresses, peer.incarnation, now)
@@ -900,7 +911,7 @@ class Membership:
             peer.address_index = 0
 
     def _name_clash(self, peer: Peer, now: float) -> Iterator[Effect]:
-        others = [p.id for p in self._living() if p is not peer and p.name == peer.name]
+        others = [p.id for p in self._living.values() if p is not peer and p.name == peer.name]
         if peer.name == self.name:
             others.append(self.local)
         for other in others:
@@ -978,7 +989,7 @@ class Membership:
         held = self._rumors.get(rumor.about)
         if held is not None and _overrides(held[0], rumor):
             return
-        times = self.config.rumor_factor * math.ceil(math.log2(self._living_count() + 2))
+        times = self.config.rumor_factor * math.ceil(math.log2(len(self._living) + 2))
         self._rumors[rumor.about] = (rumor, times)
 
     def _rumors_for(self, peer: Peer) -> tuple[Rumor, ...]:
@@ -1087,9 +1098,14 @@ class Membership:
             yield from self._suspect(peer, rumor.accuser, now)
 
     def _gossip(self) -> tuple[Gossip, ...]:
-        """Third-hand news: a random run of the ring of those heard of."""
-        known = [p for p in self._peers.values() if p.state is NodeState.ALIVE and p.sequence]
-        count = min(self.config.gossip_per_heartbeat, len(known))
+        """Third-hand news: the next few of a shuffled ring of those who were heard of."""
+        if len(self._gossip_ring) < self.config.gossip_per_heartbeat:
+            self._gossip_ring = [p for p in self._living.values() if p.sequence]
+            self._rng.shuffle(self._gossip_ring)
+        chosen = [
+            self._gossip_ring.pop()
+            for _ in range(min(self.config.gossip_per_heartbeat, len(self._gossip_ring)))
+        ]
         return tuple(
             Gossip(
                 about=p.id,
@@ -1098,7 +1114,8 @@ class Membership:
                 sequence=p.sequence,
                 load=p.load,
             )
-            for p in self._rng.sample(known, count)
+            for p in chosen
+            if p.state is NodeState.ALIVE
         )
 
     def _gossiped(self, gossip: Gossip, now: float) -> None:
@@ -1117,11 +1134,15 @@ class Membership:
 
     # --- small things ----------------------------------------------------------------------
 
-    def _living(self) -> Iterator[Peer]:
-        return (peer for peer in self._peers.values() if not peer.gone)
+    def _add(self, peer: Peer) -> None:
+        self._peers[peer.id] = peer
+        if not peer.gone:
+            self._living[peer.id] = peer
 
-    def _living_count(self) -> int:
-        return sum(1 for _ in self._living())
+    def _remove(self, peer: Peer) -> None:
+        del self._peers[peer.id]
+        self._living.pop(peer.id, None)
+        self.revision += 1
 
     def _lives_at(self, address: Address) -> bool:
         return any(p.state is NodeState.ALIVE and p.address == address for p in self._peers.values())
@@ -1134,10 +1155,11 @@ class Membership:
         assert peer.address is not None
         return Send(to=peer.id, address=peer.address, message=message)
 
-    def _forget_if_long_gone(self, peer: Peer, now: float) -> None:
-        if now - peer.since >= self.config.forget_after_s:
-            del self._peers[peer.id]
-            self.revision += 1
+    def _forget_long_gone(self, now: float) -> None:
+        if len(self._living) < len(self._peers):
+            for peer in [p for p in self._peers.values() if p.gone]:
+                if now - peer.since >= self.config.forget_after_s:
+                    self._remove(peer)
 
     def _make_room(self) -> bool:
         """Whether one more peer fits, after forgetting the one that has been gone longest."""
@@ -1146,8 +1168,7 @@ class Membership:
         gone = min((p for p in self._peers.values() if p.gone), key=lambda p: p.since, default=None)
         if gone is None:
             return False
-        del self._peers[gone.id]
-        self.revision += 1
+        self._remove(gone)
         return True
 
     def _note_seldom(self, now: float, key: str, event: str, **fields: str | int | float) -> Iterator[Effect]:

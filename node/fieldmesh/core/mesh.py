@@ -92,7 +92,8 @@ Effect = Send[ControlMessage] | Persist | Note
 class MeshConfig:
     """Slices of the machines inside, and the rhythm of what is the mesh's own (seconds).
 
-    ``row_keep_s``: rows of nodes that were gone for so long are dropped. ``incarnation_raises_max``
+    ``pull_interval_s`` is for each peer; in a mesh too large for direct beats, ``pull_interval_large_s`` is
+    for all peers together (a state vector of 1,000 nodes has 10 kB). ``row_keep_s``: rows of nodes that were gone for so long are dropped. ``incarnation_raises_max``
     bounds a war between two nodes that live with copies of one key.
     """
 
@@ -100,6 +101,7 @@ class MeshConfig:
     join: JoinConfig = field(default_factory=JoinConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
     pull_interval_s: float = 0.3
+    pull_interval_large_s: float = 0.5
     snapshot_interval_s: float = 5.0
     compact_check_interval_s: float = 60.0
     row_keep_s: float = 7 * 24 * 3600.0
@@ -152,6 +154,7 @@ class Mesh:
         self._revision = 0
         self._row_revision = 0
         self._pulled_at: dict[NodeId, float] = {}
+        self._pulled_last = float("-inf")
         self._snapshot_dirty = False
         self._snapshot_at = 0.0
         self._compact_check_at = rng.uniform(0.5, 1.0) * self.config.compact_check_interval_s
@@ -351,14 +354,16 @@ class Mesh:
         peer = self.membership.peers.get(sender)
         if peer is None or peer.gone:
             return
-        if now - self._pulled_at.get(sender, float("-inf")) < self.config.pull_interval_s:
+        direct = self.membership.direct
+        last = self._pulled_at.get(sender, float("-inf")) if direct else self._pulled_last
+        if now - last < (self.config.pull_interval_s if direct else self.config.pull_interval_large_s):
             return
         yield from self._pull(peer, now, 0)
 
     def _pull(self, peer: Peer, now: float, after_client: int) -> Iterator[Effect]:
         if peer.address is None:
             return
-        self._pulled_at[peer.id] = now
+        self._pulled_at[peer.id] = self._pulled_last = now
         yield Send(to=peer.id, address=peer.address, message=self.replica.pull(after_client))
 
     def _answer(self, sender: NodeId, pull: DirectoryPull) -> Iterator[Effect]:
