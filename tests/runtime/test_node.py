@@ -44,11 +44,12 @@ from fieldmesh.core.errors import (
     StateFolderInUse,
     StreamLost,
 )
-from fieldmesh.core.model import Address, EngineState, FinishReason, NodeState
+from fieldmesh.core.model import Address, EngineState, FinishReason, NodeId, NodeState
 from fieldmesh.engine.cost import CostModel
 from fieldmesh.engine.fake import FakeEngine
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.rpc.errors import PUSHBACK_KEY, error_from_call
+from fieldmesh.runtime.gate import Caller
 from fieldmesh.runtime.node import Node, running
 from fieldmesh.v1 import inference_pb2 as pb
 from fieldmesh.v1 import inference_pb2_grpc, peer_pb2, peer_pb2_grpc
@@ -423,13 +424,23 @@ def forward(profile: str, *path: str, hops_left: int = 0) -> peer_pb2.ForwardReq
     )
 
 
-async def forwarded(mesh: Site, request: peer_pb2.ForwardRequest) -> list[peer_pb2.ForwardResponse]:
-    async with grpc.aio.insecure_channel(str(mesh.nodes["code"].peer_address)) as channel:
+async def forwarded(
+    mesh: Site, request: peer_pb2.ForwardRequest, mesh_name: str = "test"
+) -> list[peer_pb2.ForwardResponse]:
+    caller = Caller(node=NodeId("a" * 32), mesh=mesh_name).user_agent()
+    options = (("grpc.primary_user_agent", caller),)
+    async with grpc.aio.insecure_channel(str(mesh.nodes["code"].peer_address), options=options) as channel:
         stub = peer_pb2_grpc.PeerServiceStub(channel)
         try:
             return [response async for response in stub.Forward(request)]
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error) from None
+
+
+async def test_a_request_from_another_mesh_is_refused(mesh: Site) -> None:
+    with pytest.raises(FieldmeshError) as caught:
+        await forwarded(mesh, forward("code", "a" * 32), mesh_name="another")
+    assert caught.value.code == "MESH_MISMATCH"
 
 
 async def test_a_request_that_comes_back_is_refused_as_a_loop(mesh: Site) -> None:

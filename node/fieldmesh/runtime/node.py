@@ -238,7 +238,7 @@ class Node:
         return server
 
     def _peer_server(self, limits: RequestLimits, links_config: LinksConfig) -> grpc.aio.Server:
-        server = grpc.aio.server(options=server_options(links_config))
+        server = grpc.aio.server(interceptors=(self._driver.gate,), options=server_options(links_config))
         server.add_generic_rpc_handlers(
             (self._driver.receiver.handler(), Peers(self._service, limits).handler())
         )
@@ -312,13 +312,9 @@ class Node:
 
     def _announce_addresses(self) -> None:
         peer_hosts, client_hosts = self._hosts(self.peer_address), self._hosts(self.client_address)
-        self._driver.handle(
-            OfferChanged(
-                addresses=tuple(Address(host=host, port=self.peer_address.port) for host in peer_hosts),
-                client_addresses=tuple(
-                    Address(host=host, port=self.client_address.port) for host in client_hosts
-                ),
-            )
+        self._driver.announce(
+            [Address(host=host, port=self.peer_address.port) for host in peer_hosts],
+            [Address(host=host, port=self.client_address.port) for host in client_hosts],
         )
 
     async def _discover(self) -> None:
