@@ -11,11 +11,14 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fieldmesh.core.classify import Classifier
 from fieldmesh.core.errors import (
     ConfigError,
     DomainNotFound,
+    FieldmeshError,
     HopLimit,
     ModelNotFound,
     NoCandidate,
@@ -598,3 +601,77 @@ def test_a_node_with_several_profiles_is_one_candidate() -> None:
     assert [c.offer.name for c in decide(mesh, Need()).candidates] == ["general"]
     assert [c.offer.name for c in decide(mesh, Need(domain="programming")).candidates] == ["code"]
     assert [c.offer.name for c in decide(mesh, Need(model="smol")).candidates] == ["general"]
+
+
+# --- whatever the mesh looks like --------------------------------------------------------
+
+LOADS = st.builds(
+    Load,
+    engine=st.sampled_from(EngineState),
+    slots=st.integers(0, 4),
+    running=st.integers(0, 5),
+    queued=st.integers(0, 5),
+    queue_max=st.integers(0, 4),
+    pending_prefill_tokens=st.integers(0, 5000),
+    pending_decode_tokens=st.integers(0, 5000),
+    prefill_tokens_per_s=st.sampled_from([0.0, 0.5, 300.0]),
+    decode_tokens_per_s=st.sampled_from([0.0, 0.5, 100.0]),
+    draining=st.booleans(),
+)
+MEMBERS = st.lists(
+    st.builds(
+        member,
+        st.integers(0, 30).map(lambda i: f"{i:02}"),
+        st.sampled_from([GENERAL_OFFER, CODE_OFFER, HEALTH_OFFER]),
+        state=st.sampled_from(NodeState),
+        load=LOADS,
+        rtt_s=st.sampled_from([0.0, 0.001, 3.0]),
+    ),
+    max_size=20,
+    unique_by=lambda m: m.id,
+)
+NEEDS = st.builds(
+    Need,
+    profile=st.sampled_from(["", "code"]),
+    model=st.sampled_from(["", "smol"]),
+    domain=st.sampled_from(["", "programming", "first_aid"]),
+    prompt_tokens=st.integers(0, 4000),
+    max_tokens=st.integers(1, 1000),
+    failed=st.frozensets(st.sampled_from([NodeId(f"{i:02}") for i in range(31)]), max_size=5),
+    full=st.frozensets(st.sampled_from([NodeId(f"{i:02}") for i in range(31)]), max_size=5),
+    hops_left=st.integers(0, 2),
+)
+
+
+@given(MEMBERS, NEEDS, st.sampled_from(Policy), st.integers(0, 5))
+@settings(max_examples=300, deadline=None)
+def test_whoever_is_chosen_can_serve_and_whoever_refuses_says_why(
+    members: list[Member], need: Need, policy: Policy, seed: int
+) -> None:
+    mesh = view(*members, local="00")
+    able = {
+        m.id
+        for m in members
+        if m.state is NodeState.ALIVE
+        and m.load.engine is EngineState.READY
+        and not m.load.draining
+        and m.id not in need.failed
+        and (need.hops_left or m.id == mesh.local)
+    }
+    try:
+        decision = decide(mesh, need, policy=policy, explain=True, seed=seed)
+    except FieldmeshError as error:
+        assert error.message and (not error.retryable or error.retry_after_s)
+        return
+    chosen = [c.member.id for c in decision.candidates]
+    assert set(chosen) <= able
+    assert len(set(chosen)) == len(chosen)
+    assert chosen[0] not in need.full
+    for candidate in decision.candidates:
+        offer = candidate.offer
+        assert not need.profile or offer.name == need.profile
+        assert not need.model or offer.model == need.model
+        owns = any(d.name == need.domain for d in offer.domains)
+        assert decision.fallback or (owns if need.domain else need.profile or need.model or offer.generalist)
+    assert [c.member.id for c in decision.considered[: len(chosen)]] == chosen
+    assert all(c.reason for c in decision.considered)
