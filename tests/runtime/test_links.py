@@ -23,10 +23,10 @@ from fieldmesh.runtime.links import (
     Lane,
     Links,
     LinksConfig,
-    Receiver,
     channel_options,
     server_options,
 )
+from fieldmesh.runtime.receiver import Receiver
 
 ANNA, BERT = NodeId("a" * 32), NodeId("b" * 32)
 NOWHERE = Address(host="127.0.0.1", port=1)
@@ -106,7 +106,7 @@ async def test_a_refused_connection_is_told_within_a_tenth_of_a_second() -> None
 async def test_the_death_of_a_peers_process_is_told_at_once() -> None:
     program = (
         "import asyncio, grpc.aio\n"
-        "from fieldmesh.runtime.links import Receiver\n"
+        "from fieldmesh.runtime.receiver import Receiver\n"
         "async def main():\n"
         "    server = grpc.aio.server()\n"
         "    server.add_generic_rpc_handlers((Receiver(lambda *_: print('heard', flush=True)).handler(),))\n"
@@ -358,6 +358,19 @@ async def test_a_reader_that_has_stopped_costs_a_bounded_amount_of_memory() -> N
     finally:
         await anna.links.close()
         await server.stop(None)
+
+
+async def test_a_receiver_that_closes_ends_its_streams_and_the_server_stops_at_once() -> None:
+    async with peers() as (anna, bert):
+        anna.links.send(bert.address, BERT, b"x")
+        await bert.message()
+        bert.receiver.close()
+        assert "This node is leaving" in (await anna.failure())[2]
+        anna.links.send(bert.address, BERT, b"x")
+        assert "This node is leaving" in (await anna.failure())[2]
+        assert bert.server is not None
+        async with asyncio.timeout(5):
+            await bert.server.stop(60)
 
 
 async def test_a_flood_is_read_no_faster_than_allowed_and_nothing_of_it_is_lost() -> None:

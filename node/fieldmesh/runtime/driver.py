@@ -22,7 +22,8 @@ from fieldmesh.core.model import Address, Load, MeshView, NodeId
 from fieldmesh.rpc import wire
 from fieldmesh.runtime import log
 from fieldmesh.runtime.gate import Caller, Gate
-from fieldmesh.runtime.links import Links, LinksConfig, Receiver
+from fieldmesh.runtime.links import Links, LinksConfig
+from fieldmesh.runtime.receiver import Receiver
 
 VIEW_INTERVAL_S = 0.02
 """A burst of changes is published as one view."""
@@ -137,6 +138,7 @@ class Driver:
             if timer is not None:
                 timer.cancel()
         await self._saver.close()
+        self.receiver.close()
         await self.links.flush(GOODBYE_TIMEOUT_S)
         await self.links.close()
 
