@@ -295,7 +295,7 @@ class Classifier:
     def train(cls, domains: Sequence[Domain]) -> Classifier:
         """Learn from the domains' names, descriptions and examples.
 
-        Takes about 0.2 s for 10 domains of 30 examples and 3 s for 300: call it off the event loop.
+        Takes about half a second for 10 domains of 30 examples and 3 s for 300: call it off the event loop.
         """
         ordered = sorted(domains, key=lambda d: d.name)
         share = max(1, EXAMPLES_MAX // max(1, len(ordered)))
