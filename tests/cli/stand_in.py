@@ -1,6 +1,7 @@
 """A program that takes the flags of `fieldmesh serve` and behaves like a node to those who look: no engine.
 
-Flags of its own come before: --stubborn ignores SIGTERM and a closed stdin, --broken ends with a sentence.
+Flags of its own come before: --stubborn ignores SIGTERM and a closed stdin, --broken ends with a sentence,
+--failed says that its engine was given up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 
+from fieldmesh.v1 import inference_pb2 as pb
 from tests.client.scripted import ScriptedNode
 
 
@@ -19,6 +21,8 @@ async def main(options: argparse.Namespace) -> None:
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
     node = ScriptedNode(name=options.name, port=int(options.listen.rpartition(":")[2]))
+    if options.failed:
+        node.engine = pb.ENGINE_STATE_FAILED
     # Each peer listener of this mesh is beside its client listener.
     for seed in options.seed:
         port = int(seed.rpartition(":")[2]) - 1
@@ -40,7 +44,7 @@ async def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for flag in ("--stubborn", "--broken", "--end-with-stdin", "--no-mdns"):
+    for flag in ("--stubborn", "--broken", "--failed", "--end-with-stdin", "--no-mdns"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--name", "--profile", "--listen", "--peer-listen", "--state-folder", "--threads", "--mesh"):
         parser.add_argument(flag)

@@ -93,6 +93,12 @@ def test_a_node_that_breaks_off_is_quoted(tmp_path: Path) -> None:
     assert str(mesh.plans[0].log) in caught.value.message
 
 
+def test_an_engine_that_was_given_up_is_not_waited_for(tmp_path: Path) -> None:
+    command = [*STAND_IN, "--failed"]
+    with pytest.raises(EngineNotReady, match="given up"), Children(plans(tmp_path, "a"), command) as mesh:
+        list(wait_until_together(mesh, 60.0))
+
+
 def test_a_mesh_that_does_not_come_together_in_time_is_given_up(tmp_path: Path) -> None:
     (plan,) = plans(tmp_path, "a")
     sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()"]

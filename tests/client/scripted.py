@@ -169,6 +169,7 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
     health_asked: asyncio.Event = field(default_factory=asyncio.Event)
     port: int = 0
     frozen: bool = False
+    engine: pb.EngineState = pb.ENGINE_STATE_READY
 
     @property
     def id(self) -> str:
@@ -241,7 +242,7 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
                 addresses=[str(node.address)],
                 state=mesh_pb2.NODE_STATE_ALIVE,
                 offers=[node._offer()],
-                load=pb.Load(engine=pb.ENGINE_STATE_READY, slots=4, running=1, queued=2),
+                load=pb.Load(engine=node.engine, slots=4, running=1, queued=2),
                 incarnation=3,
                 peer_address="127.0.0.1:1",
                 version="0.0.1",

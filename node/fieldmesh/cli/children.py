@@ -8,7 +8,6 @@ what is asked of them.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -16,10 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fieldmesh.core.errors import AddressInUse, EngineNotReady, FieldmeshError, Internal
-from fieldmesh.core.model import Address
+from fieldmesh.core.model import Address, EngineState, NodeState
+
+if TYPE_CHECKING:
+    from fieldmesh.client import Client
 
 HOST: Final = "127.0.0.1"
 PORT_PAIRS_TRIED_MAX: Final = 500
@@ -176,22 +178,24 @@ def wait_until_together(children: Children, timeout_s: float) -> Iterator[list[C
             time.sleep(POLL_INTERVAL_S)
 
 
-def _look(child: Child, client: object) -> None:
-    from fieldmesh.client import Client, serving
-    from fieldmesh.core.model import EngineState, NodeState
+def _look(child: Child, client: Client) -> None:
+    """What the node says of itself and of the others. Raises where its engine was given up."""
+    from fieldmesh.client import serving
 
-    assert isinstance(client, Client)
     try:
         child.serving = serving(child.plan.client, timeout_s=1.0)
-        mesh = client.nodes(timeout_s=1.0) if child.serving else None
+        nodes = client.nodes(timeout_s=1.0)
     except FieldmeshError:
         return  # not listening yet
-    ready = [
-        node
-        for node in (mesh.nodes if mesh else ())
-        if node.state is NodeState.ALIVE and node.load.engine is EngineState.READY and node.offers
-    ]
-    child.seen = len(ready)
+    asked = next((node for node in nodes.nodes if node.id == nodes.local_id), None)
+    if asked is None or asked.name != child.plan.name:
+        return  # another node answered in its place
+    if asked.load.engine is EngineState.FAILED:
+        raise EngineNotReady(f"The engine of node {child.plan.name} was given up (log: {child.plan.log})")
+    child.seen = sum(
+        node.state is NodeState.ALIVE and node.load.engine is EngineState.READY and bool(node.offers)
+        for node in nodes.nodes
+    )
 
 
 def _broke_off(child: Child) -> FieldmeshError:
@@ -203,7 +207,7 @@ def _broke_off(child: Child) -> FieldmeshError:
     except OSError:
         said = []
     code = child.exit_code or 0
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
     last = next((line for line in reversed(said) if line.startswith("fieldmesh: ")), said[-1] if said else "")
     return Internal(
         f"Node {child.plan.name} {how} while it started: {last.removeprefix('fieldmesh: ') or 'no word'} "

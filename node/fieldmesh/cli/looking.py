@@ -77,7 +77,7 @@ def _node_json(node: MeshNode) -> dict[str, Any]:
         "incarnation": node.incarnation,
         "addresses": [str(address) for address in node.addresses],
         "peer_address": node.peer_address,
-        "rtt_s": node.rtt_s,
+        "rtt_s": as_json(node.rtt_s),
         "version": node.version,
         "offers": as_json(node.offers),
     }

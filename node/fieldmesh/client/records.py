@@ -5,6 +5,7 @@ Must not: import grpc.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +124,16 @@ class Tokens:
 
 
 def as_json(record: object) -> Any:
-    """``record`` (or several) as plain JSON values: enums by their value."""
-    return msgspec.to_builtins(record, enc_hook=str)
+    """``record`` (or several) as plain JSON values: enums by their value, what is no finite number as null."""
+    return _finite(msgspec.to_builtins(record, enc_hook=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- from the wire -----------------------------------------------------------------------
