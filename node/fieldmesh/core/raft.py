@@ -157,7 +157,7 @@ class Raft:
 
     @property
     def common_version(self) -> int:
-        """The newest command version that every member is known to apply (all apply the first); 0 if not leading."""
+        """The newest command version that all members are known to apply (at least 1); 0 if not leading."""
         if self.leadership is None:
             return 0
         return max(1, min((self.config.command_version, *self.leadership.versions().values())))
@@ -321,7 +321,6 @@ class Raft:
             me=self.me, term=self.term, config=self.config, log=self.log, now=self._now
         )
         self._append_own([(EntryKind.NOOP, b"")])
-        self._post_all(self.leadership.heartbeat(self._now))
 
     def _other_voters(self) -> list[NodeId]:
         return [voter for voter in self.log.members.voters if voter != self.me]

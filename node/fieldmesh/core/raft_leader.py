@@ -53,7 +53,7 @@ class Leadership:
         self.first_index = log.last_index + 1
         self.round = 0
         self.handover: Handover | None = None
-        self.heartbeat_due = now
+        self.heartbeat_due = now + config.heartbeat_s
         self.progress: dict[NodeId, Progress] = {}
         self._reads: deque[tuple[int, int, int]] = (
             deque()
@@ -180,10 +180,10 @@ class Leadership:
         self.heartbeat_due = now + self.config.heartbeat_s
         posts: Posts = []
         for node, progress in self.progress.items():
-            stalled = progress.waiting
-            progress.waiting = False
+            if progress.answered:  # it is there and has not answered the chunk before: that was lost
+                progress.waiting = False
             posts += self._ping(node)
-            if stalled or progress.pace is Pace.PROBE:
+            if progress.pace is not Pace.REPLICATE:
                 posts += self.replicate(node)
         return posts
 
@@ -199,7 +199,7 @@ class Leadership:
                 break
             if progress.pace is Pace.SNAPSHOT:
                 posts.append((node, self._chunk(progress)))
-                progress.waiting = True
+                progress.waiting, progress.answered = True, False
                 break
             append = self._append(progress)
             if append is None:
@@ -250,11 +250,11 @@ class Leadership:
         )
 
     def _ping(self, node: NodeId) -> Posts:
-        """An Append without entries. While replicating it stands at the end of what was sent, so that a
-        refusal reveals a loss; otherwise at the beginning of the log, where every log matches."""
+        """An Append without entries. It stands at the end of what was sent, so that a refusal reveals a loss
+        or leads the search on; while a snapshot is sent, at the beginning of the log, where all logs match."""
         progress = self.progress[node]
         prev_index, prev_term = 0, 0
-        if progress.pace is Pace.REPLICATE:
+        if progress.pace is not Pace.SNAPSHOT:
             term = self.log.term_at(progress.next - 1)
             if term is None:  # what was sent is gone from here and may never have arrived
                 progress.probe(progress.match + 1)
@@ -278,6 +278,7 @@ class Leadership:
     def on_append_reply(self, sender: NodeId, reply: AppendReply, now: float) -> Posts:
         """A follower has answered. Raises ValueError for an answer that no correct follower gives."""
         progress = self._answered(sender, reply.round, reply.version, now)
+        progress.answered = progress.pace is Pace.SNAPSHOT
         if reply.index > self.log.last_index or reply.prev_index > self.log.last_index:
             raise ValueError("acknowledges entries that do not exist")
         if reply.ok:

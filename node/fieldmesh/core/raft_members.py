@@ -27,7 +27,7 @@ from fieldmesh.core.raft_model import (
 
 
 def founded(me: NodeId, group: str) -> Stored:
-    """What the store of a log's founder holds: itself as the only voter. ``group`` must be new in the world."""
+    """What a founder stores: itself as the only voter. ``group`` names this log and no other, ever."""
     if not group:
         raise ValueError("a log needs a name")
     entry = Entry(index=1, term=1, kind=EntryKind.MEMBERS, data=Members(voters=(me,)).encode())
@@ -87,7 +87,7 @@ def next_change(
         if node not in wanted:
             return Remove(node=node)
     if missing:
-        return Promote(node=missing[0]) if caught_up.issuperset(missing) else None
+        return Promote(node=missing[0]) if all(node in caught_up for node in missing) else None
     for node in surplus:
         if node != leader or len(surplus) == 1:
             return Remove(node=node)

@@ -30,7 +30,8 @@ class Progress:
 
     ``contact`` is when it last answered, ``round`` the newest broadcast that it answered, ``version`` the
     newest command version that it says it can apply (0: it has not said), ``commit`` what it was last told to
-    be committed. ``waiting``: the one message of a probe or of a snapshot is under way.
+    be committed. ``waiting``: the one message of a probe or of a snapshot is under way;
+    ``answered``: it has answered a heartbeat that followed the chunk under way.
     """
 
     next: int
@@ -41,6 +42,7 @@ class Progress:
     version: int = 0
     commit: int = 0
     waiting: bool = False
+    answered: bool = False
     snapshot: Snapshot | None = None
     offset: int = 0
     window: deque[tuple[int, int]] = field(default_factory=deque)
@@ -74,7 +76,7 @@ class Progress:
         self.pace, self.next = pace, next_index
         self.window.clear()
         self.window_bytes = 0
-        self.waiting = False
+        self.waiting = self.answered = False
         self.snapshot = None
         self.offset = 0
 
