@@ -124,14 +124,14 @@ class Tokens:
 
 
 def as_json(record: object) -> Any:
-    """``record`` (or several) as plain JSON values: enums by their value, what is no finite number as null."""
+    """``record`` (or several) as plain JSON values: enums by value, no finite number as null."""
     return _finite(msgspec.to_builtins(record, enc_hook=str))
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
