@@ -363,6 +363,46 @@ def test_a_prefix_of_a_running_sequence_is_copied_to_another_slot() -> None:
     assert place.keep_tokens == 40
 
 
+def burst(drive: Drive, count: int) -> None:
+    """Requests that share 100 tokens and have 8 of their own each."""
+    for i in range(count):
+        own = tuple(range(1000 * (i + 1), 1000 * (i + 1) + 8))
+        drive.submit(Work(id=f"b{i}", prompt_token_ids=(*range(100), *own), tokens_max=4))
+
+
+def test_requests_that_arrive_together_compute_their_shared_prefix_once() -> None:
+    drive = Drive()
+    burst(drive, 4)
+    drive.run()
+    assert len(drive.finished()) == 4
+    usages = [o.usage for o in drive.outputs if o.usage is not None]
+    assert sum(u.prompt_tokens - u.cached_tokens for u in usages) == 100 + 4 * 8
+
+
+def test_others_are_not_held_up_by_those_who_wait_for_a_prefix() -> None:
+    drive = Drive()
+    burst(drive, 3)
+    drive.submit(work("other", prompt=5, first=90_000))
+    assert {s.id for s in drive.step().slices} == {"b0", "other"}
+
+
+def test_nobody_waits_for_a_prefix_whose_computation_stopped() -> None:
+    for stop in ("pause", "cancel"):
+        drive = Drive()
+        burst(drive, 2)
+        drive.step()
+        getattr(drive.batcher, stop)("b0")
+        assert "b1" in {s.id for s in drive.step().slices}
+
+
+def test_an_interactive_request_does_not_wait_for_a_batch_ones_prefix() -> None:
+    drive = Drive()
+    drive.submit(work("batch", prompt=200, priority=Priority.BATCH))
+    drive.step()
+    drive.submit(work("interactive", prompt=200, priority=Priority.INTERACTIVE))
+    assert "interactive" in {s.id for s in drive.step().slices}
+
+
 def test_the_last_token_of_a_known_prompt_is_computed_again() -> None:
     drive = Drive()
     drive.submit(work("a", prompt=50))
