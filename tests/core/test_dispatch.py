@@ -241,6 +241,15 @@ def test_a_caller_who_leaves_stops_the_attempt() -> None:
     assert life.handle(Stop(error=gone), 1.0) == [Cancel(epoch=0), Fail(error=gone)]
 
 
+def test_a_node_that_stops_says_how_much_it_has_delivered() -> None:
+    life = dispatch(Mesh(THERE))
+    life.begin(0.0)
+    life.handle(Arrived(epoch=0, chunk=chunk(0, 3)), 0.5)
+    error = failure(life.handle(Stop(error=errors.Draining("leaving")), 1.0))
+    assert isinstance(error, errors.StreamLost)
+    assert error.metadata["tokens_delivered"] == "3"
+
+
 @pytest.mark.parametrize("state", [NodeState.SUSPECT, NodeState.DEAD, NodeState.UNREACHABLE, NodeState.LEFT])
 def test_a_silent_attempt_is_given_up_when_its_node_is_no_longer_trusted(state: NodeState) -> None:
     life = dispatch(Mesh(THERE, ELSEWHERE))

@@ -426,7 +426,8 @@ class Dispatch:
         if self.phase is not Phase.RUNNING:
             return self._fail(error)
         self._record(error.code)
-        return [Cancel(epoch=self._epoch), *self._fail(error)]
+        lost = self.tokens_delivered and isinstance(error, _MOVES_ON)
+        return [Cancel(epoch=self._epoch), *self._fail(self._lost_midway(error) if lost else error)]
 
     def _too_late(self) -> FieldmeshError:
         return errors.DeadlineExceeded(

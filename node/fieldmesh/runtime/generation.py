@@ -34,7 +34,7 @@ from fieldmesh.core.dispatch import (
     ViewMoved,
     Wake,
 )
-from fieldmesh.core.errors import Cancelled, FieldmeshError, Internal, RequestIdReused
+from fieldmesh.core.errors import Cancelled, Draining, FieldmeshError, Internal, RequestIdReused
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, NodeState, RequestId, Result
 from fieldmesh.core.routing import Candidate, Decision
 from fieldmesh.engine.port import Started
@@ -173,8 +173,8 @@ class Generation:
                 self.stop(Cancelled("The caller went away"))
 
     async def close(self) -> None:
-        """Cancel what runs and wait for it."""
-        self.stop(Cancelled("The node is stopping"))
+        """End it because the node stops: another node may be asked, where nothing was delivered yet."""
+        self.stop(Draining("The node is stopping; ask another one", retry_after_s=0.0))
         if self._attempt is not None:
             await asyncio.wait((self._attempt,))
 
