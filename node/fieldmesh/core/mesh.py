@@ -178,6 +178,8 @@ class Mesh:
 
         Raises InvalidRequest for an ``OfferChanged`` that makes no acceptable row; the old row stays.
         """
+        if self.membership.left:
+            return []
         effects = self._begin(now) if self._clock_started is None else []
         self.membership.mark = self.replica.mark
         match event:
@@ -189,6 +191,8 @@ class Mesh:
                 effects += self.membership.handle(event, now)
                 if isinstance(event, Tick):
                     effects += self._housekeeping(now)
+                elif isinstance(event, LeaveRequested):
+                    effects.append(Persist(key=SNAPSHOT_KEY, data=self.replica.snapshot()))
         if self.membership.own_incarnation_seen > self.membership.incarnation:
             effects += self._outlive(now)
         return effects
