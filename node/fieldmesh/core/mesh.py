@@ -246,7 +246,7 @@ class Mesh:
     def _member(self, peer: Peer) -> Member:
         """The peer's record in the view, made anew only where something in it changed."""
         row = self._rows.get(peer.id)
-        basis = (peer.state, peer.load, peer.incarnation, peer.address, peer.name, peer.rtt_shown_s, id(row))
+        basis = (peer.state, peer.load, peer.incarnation, peer.address, peer.name, peer.rtt_shown_s, row)
         cached = self._members.get(peer.id)
         if cached is not None and cached[0] == basis:
             return cached[1]
