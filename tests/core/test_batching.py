@@ -12,17 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fieldmesh.core.batching import (
-    Batcher,
-    BatcherConfig,
-    Output,
-    Sampled,
-    StepPlan,
-    Work,
-    common_prefix_length,
-)
+from fieldmesh.core.batching import Batcher, common_prefix_length
 from fieldmesh.core.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
 from fieldmesh.core.model import FinishReason, Priority
+from fieldmesh.core.steps import BatcherConfig, Output, Sampled, StepPlan, Work
 
 CONFIG = BatcherConfig(
     slots=4,

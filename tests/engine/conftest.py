@@ -1,3 +1,5 @@
+"""Fixtures for the engine's tests: a tiny model on disk."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fieldmesh.core.batching import Place, Slice
 from fieldmesh.core.model import Sampling
+from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.llama import LlamaModel, draw_seed
 from fieldmesh.engine.settings import EngineSettings
 from tests.engine.tiny_model import write_tiny_model

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fieldmesh.core.batching import Sampled, StepPlan
+from fieldmesh.core.steps import Sampled, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

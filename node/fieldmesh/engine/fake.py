@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, Protocol
 
-from fieldmesh.core.batching import Place, Slice
 from fieldmesh.core.errors import Internal
 from fieldmesh.core.model import EngineState, Sampling
+from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.cost import CostModel, prompt_digest, token_at
 from fieldmesh.engine.frames import Command, Ready
 from fieldmesh.engine.front import EngineFront

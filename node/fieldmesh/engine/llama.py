@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
-from fieldmesh.core.batching import Place, Slice
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Sampling
+from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.settings import EngineSettings
 
 LOG_LINES_MAX = 20

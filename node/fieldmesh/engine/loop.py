@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
 
-from fieldmesh.core.batching import Batcher, Output, Place, Sampled, Slice, StepPlan, Work
+from fieldmesh.core.batching import Batcher
 from fieldmesh.core.errors import DeadlineExceeded, FieldmeshError, InvalidRequest, PromptTooLong
 from fieldmesh.core.model import Completion, FinishReason, Prompt, Sampling, Usage
+from fieldmesh.core.steps import Output, Place, Sampled, Slice, StepPlan, Work
 from fieldmesh.core.text import TextStream
 from fieldmesh.engine.chat import ChatTemplate
 from fieldmesh.engine.checks import check_token_ids

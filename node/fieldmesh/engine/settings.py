@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fieldmesh.core.batching import BatcherConfig
 from fieldmesh.core.errors import ConfigError
+from fieldmesh.core.steps import BatcherConfig
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "context_tokens": (16, 1 << 20),

@@ -1,0 +1,132 @@
+"""What goes in and out of the batch scheduler: its bounds, its work, one step's plan and results.
+
+Owns: the records between ``core.batching`` and whoever runs the steps. Must not: decide anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fieldmesh.core.errors import ConfigError
+from fieldmesh.core.model import FinishReason, Priority, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatcherConfig:
+    """Bounds of one Batcher. All token counts are tokens (equal to KV cells).
+
+    ``mixed_tokens`` bounds a step while something decodes: at 48, a step of SmolLM2 on two cores takes
+    about 130 ms instead of 25. ``reuse_tokens_min``: a shorter common prefix is not worth the copy.
+    """
+
+    slots: int = 4
+    context_tokens: int = 2048
+    cells_total: int = 4 * 2048
+    prefill_tokens: int = 256
+    mixed_tokens: int = 48
+    resume_chunk_tokens: int = 32
+    queue_max: int = 64
+    ageing_s: float = 10.0
+    reuse_prefixes: bool = True
+    reuse_tokens_min: int = 16
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first combination that cannot work."""
+        for name in ("slots", "prefill_tokens", "mixed_tokens", "resume_chunk_tokens", "reuse_tokens_min"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
+        if self.queue_max < 0:
+            raise ConfigError(f"queue_max must be 0 or more, not {self.queue_max}", field="queue_max")
+        if self.context_tokens < 8:
+            raise ConfigError(
+                f"context_tokens must be at least 8, not {self.context_tokens}", field="context_tokens"
+            )
+        if not self.context_tokens <= self.cells_total <= self.slots * self.context_tokens:
+            raise ConfigError(
+                f"cells_total must be between context_tokens ({self.context_tokens}) and slots times "
+                f"context_tokens ({self.slots * self.context_tokens}), not {self.cells_total}",
+                field="cells_total",
+            )
+        if self.mixed_tokens <= self.slots:
+            raise ConfigError(
+                f"mixed_tokens must exceed slots ({self.slots}), or prefill would never get a turn; "
+                f"it is {self.mixed_tokens}",
+                field="mixed_tokens",
+            )
+        if self.ageing_s <= 0:
+            raise ConfigError(f"ageing_s must be positive, not {self.ageing_s}", field="ageing_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One generation as the batcher sees it.
+
+    ``resume_token_ids`` were delivered before: they follow the prompt and count towards ``tokens_max``.
+    ``deadline`` is a time on the clock that is handed to ``plan``; None for never.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    tokens_max: int
+    resume_token_ids: tuple[int, ...] = ()
+    priority: Priority = Priority.NORMAL
+    tenant: str = ""
+    deadline: float | None = None
+
+    @property
+    def cells(self) -> int:
+        """KV cells that this work needs at most (the last sampled token is never computed)."""
+        return len(self.prompt_token_ids) + self.tokens_max - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Before a step: ``slot`` must hold the first ``keep_tokens`` tokens of slot ``source`` and no others."""
+
+    slot: int
+    source: int
+    keep_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Compute ``token_ids`` in ``slot`` from ``position``; sample one token after the last if ``sample``."""
+
+    id: str
+    slot: int
+    position: int
+    token_ids: tuple[int, ...]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One step: ``places`` in order, then all ``slices`` at once. ``expired`` ids passed their deadline."""
+
+    expired: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
+    slices: tuple[Slice, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.slices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What the host drew for one slice. ``stop``: the generation ends with this token."""
+
+    id: str
+    token_id: int
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One new token of one generation; ``finish`` is set on the last."""
+
+    id: str
+    token_id: int
+    token_index: int
+    finish: FinishReason | None = None
+    usage: Usage | None = None
