@@ -68,6 +68,12 @@ def test_a_bridge_or_tunnel_that_the_operator_made_is_announced(interface: str) 
     assert hosts_to_announce("0.0.0.0", [], network(made)) == (made.host,)
 
 
+def test_localhost_is_the_loopback_address() -> None:
+    box = network(LOOPBACK, LAN)
+    assert hosts_to_announce("localhost", [], box) == ("127.0.0.1",)
+    assert multicast_hosts("localhost", box) == ("127.0.0.1",)
+
+
 def test_a_bridge_is_announced_behind_the_others_once_a_peer_answers_through_it() -> None:
     routes = {DEFAULT_ROUTE: LAN.host, "172.17.0.2": DOCKER.host, "192.168.1.9": LAN.host}
     box = network(DOCKER, LAN, routes=routes)

@@ -31,6 +31,9 @@ _BRIDGE = re.compile(
 _BEYOND = ("203.0.113.1", "2001:db8::1")
 """Documentation addresses (RFC 5737, RFC 3849): nothing is sent to them, they only take the default route."""
 
+_LOCALHOST = {"localhost": "127.0.0.1"}
+"""The one name that needs no look-up (RFC 6761), and that means another box to every other box."""
+
 # From linux/netlink.h, linux/rtnetlink.h, linux/if_addr.h and linux/if.h.
 _RTM_GETADDR, _NLMSG_ERROR, _NLMSG_DONE = 22, 2, 3
 _NLM_F_REQUEST_DUMP = 0x301
@@ -74,7 +77,7 @@ def hosts_to_announce(
     network = network or KERNEL
     version = _unspecified_version(bound_host)
     if version is None:
-        return (bound_host,)
+        return (_LOCALHOST.get(bound_host, bound_host),)
     towards_peers = {network.source(peer) for peer in sorted(set(peers))[:PEERS_ASKED_MAX]}
     by_default = {network.source(host) for host in _BEYOND}
     ranked = [
@@ -92,6 +95,7 @@ def hosts_to_announce(
 def multicast_hosts(bound_host: str, network: Network | None = None) -> tuple[str, ...]:
     """IPv4 addresses of the interfaces on which a listener bound to ``bound_host`` should be announced."""
     network = network or KERNEL
+    bound_host = _LOCALHOST.get(bound_host, bound_host)
     anywhere = _unspecified_version(bound_host) is not None
     return tuple(
         sorted(

@@ -13,7 +13,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncZeroconf
@@ -91,15 +91,19 @@ class Multicast:
             return
         try:
             self._zeroconf = AsyncZeroconf(interfaces=able)
+            # A name that the operator advertises is no address; what others see there are the interfaces.
+            hosts = tuple(host for host in said.hosts if _is_literal(host)) or tuple(able)
             # Others may hold the name: our own ghost, from before a crash. Ids do not collide otherwise.
-            await self._zeroconf.async_register_service(to_service(said), cooperating_responders=True)
+            await self._zeroconf.async_register_service(
+                to_service(replace(said, hosts=hosts)), cooperating_responders=True
+            )
             self._listener = Listener(self._zeroconf.zeroconf, self._found, self._gone)
         except (OSError, ZeroconfError) as error:
             await self._stop()
             self._off(f"{type(error).__name__}: {error}"[:200])
             return
         self._off_because = ""
-        self._log.info("mdns_on", hosts=said.hosts, interfaces=able)
+        self._log.info("mdns_on", hosts=hosts, interfaces=able)
 
     def _off(self, why: str) -> None:
         if why != self._off_because:
@@ -203,12 +207,18 @@ class Seeds:
             self._on_hint(address, source)
 
 
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 async def look_up(address: Address) -> tuple[Address, ...]:
     """The IP addresses behind ``address``, at most SEED_ADDRESSES_MAX. Raises OSError, UnicodeError."""
-    try:
+    if _is_literal(address.host):
         return (Address(host=str(ipaddress.ip_address(address.host)), port=address.port),)
-    except ValueError:
-        pass
     found = await asyncio.get_running_loop().getaddrinfo(
         address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
     )
