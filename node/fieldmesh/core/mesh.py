@@ -93,8 +93,9 @@ class MeshConfig:
     """Slices of the machines inside, and the rhythm of what is the mesh's own (seconds).
 
     ``pull_interval_s`` is for each peer; in a mesh too large for direct beats, ``pull_interval_large_s`` is
-    for all peers together (a state vector of 1,000 nodes has 10 kB). ``row_keep_s``: rows of nodes that were gone for so long are dropped. ``incarnation_raises_max``
-    bounds a war between two nodes that live with copies of one key.
+    for all peers together (a state vector of 1,000 nodes has 10 kB). ``row_keep_s``: rows of nodes that
+    were gone for so long are dropped. ``incarnation_raises_max`` bounds a war between two nodes that live
+    with copies of one key.
     """
 
     membership: MembershipConfig = field(default_factory=MembershipConfig)
