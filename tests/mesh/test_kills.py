@@ -131,8 +131,9 @@ class Killer:
         what = f"{'engine' if engine else 'node'} of {box.name}"
         self.kills.append(what)
         print(
-            f"kill {len(self.kills):2} {what:18} waiting {counts['waiting']:2} streaming {counts['streaming']:2} "
-            f"finished {counts['finished']:3} lost midway {counts['lost midway']:2}"
+            f"kill {len(self.kills):2} {what:18} waiting {counts['waiting']:2} "
+            f"streaming {counts['streaming']:2} finished {counts['finished']:3} "
+            f"lost midway {counts['lost midway']:2}"
         )
         if not engine:
             assert box.process is not None
@@ -182,7 +183,8 @@ def test_nothing_that_had_not_begun_is_lost_when_nodes_and_engines_are_killed() 
             for thread in workers:
                 thread.join()
         print(
-            f"{ASKS} asks, {len(killer.kills)} kills in {time.monotonic() - begun:.0f} s: {dict(book.counts())}"
+            f"{ASKS} asks, {len(killer.kills)} kills in {time.monotonic() - begun:.0f} s: "
+            f"{dict(book.counts())}"
         )
         mesh, listeners = cluster.mesh, [box.client for box in cluster.boxes.values()]
         listeners += [box.peer for box in cluster.boxes.values()]
