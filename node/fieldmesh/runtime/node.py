@@ -264,11 +264,11 @@ class Node:
         """Load the model, then offer the profile to the mesh."""
         try:
             info = await self._engine.start()
+            self._driver.handle(OfferChanged(profiles=(self.profile.offer(info.model, info.fingerprint),)))
         except FieldmeshError as error:  # the node lives on: it passes questions to others
-            logger.error("engine_given_up", code=error.code, error=error.message)
+            logger.error("profile_not_offered", code=error.code, error=error.message)
             return
         self._service.local.hosted[self.profile.name].info = info
-        self._driver.handle(OfferChanged(profiles=(self.profile.offer(info.model, info.fingerprint),)))
         self._tell_load()
         logger.info(
             "engine_ready",
