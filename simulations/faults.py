@@ -13,7 +13,8 @@ from random import Random
 from fieldmesh.core.mesh import INCARNATION_KEY, HintSource, JoinHint, LeaveRequested, Mesh, OfferChanged
 from fieldmesh.core.model import Address, Row
 from fieldmesh.rpc import wire
-from simulations.node import KeyedSealer, Settings, make_key, node_id, profile
+from simulations.node import KeyedSealer, Settings, make_key, mesh_of, node_id, profile
+from simulations.serving import AskArrived, Ledger
 from simulations.world import World
 
 
@@ -26,6 +27,7 @@ class Playground:
     settings: dict[str, Settings]
     mesh: str
     mdns: bool = False
+    ledger: Ledger = field(default_factory=Ledger)
     counts: Counter[str] = field(default_factory=Counter)
     trouble_until: dict[str, float] = field(default_factory=dict)
     frozen_until: dict[str, float] = field(default_factory=dict)
@@ -61,8 +63,10 @@ class Playground:
         host = self.world.hosts[label]
         if host.machine is None:
             return False
-        assert isinstance(host.machine, Mesh)
-        self.counts += self.counts_of(host.machine)
+        self.counts += self.counts_of(mesh_of(host.machine))
+        for ask in [ask for ask, entry in self.ledger.open.items() if entry == host.identity]:
+            del self.ledger.open[ask]  # its caller's connection broke with the node that it asked
+            self.ledger.counts["lost_with_entry"] += 1
         self.down_since.setdefault(label, self.world.time)
         self.trouble(label)
         self.world.crash(label, power=power)
@@ -245,8 +249,7 @@ def vandal(ground: Playground, lasts_s: float) -> None:
     label, victim = ground.pick(), ground.pick()
     if label is None or victim is None or label == victim:
         return
-    mesh = ground.world.hosts[label].machine
-    assert isinstance(mesh, Mesh)
+    mesh = mesh_of(ground.world.hosts[label].machine)
     key = node_id(ground.settings[victim].key)
     kind = ground.rng.choice(("rubbish", "older", "foreign"))
     ground.counts[f"vandal_{kind}"] += 1
@@ -274,6 +277,24 @@ def vandal(ground: Playground, lasts_s: float) -> None:
     mesh.replica._read(ground.world.hosts[label].local(ground.world.time))
 
 
+def ask(ground: Playground, lasts_s: float) -> None:
+    """No fault: a client asks somebody who is up (a burst of asks, where it lasts)."""
+    for _ in range(1 + int(lasts_s)):
+        label = ground.pick()
+        if label is None or ground.world.hosts[label].frozen_until > ground.world.time:
+            return
+        number = sum(ground.ledger.counts[kind] for kind in ("posted",))
+        ground.ledger.counts["posted"] += 1
+        domains = sorted({p.name for s in ground.settings.values() for p in s.profiles if p.domains})
+        request = AskArrived(
+            id=f"ask-{number}",
+            domain=ground.rng.choice([*domains, ""]),
+            prompt=tuple(ground.rng.randrange(1000) for _ in range(ground.rng.randint(1, 200))),
+            tokens_max=ground.rng.randint(1, 120),
+        )
+        ground.world.post(label, request, ground.rng.uniform(0.0, 0.5))
+
+
 FAULTS: dict[str, Fault] = {
     "kill": kill,
     "power": power,
@@ -287,4 +308,5 @@ FAULTS: dict[str, Fault] = {
     "new_key": new_key,
     "old_disk": old_disk,
     "vandal": vandal,
+    "ask": ask,
 }

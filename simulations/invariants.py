@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fieldmesh.core.mesh import Mesh
 from fieldmesh.core.model import Member, NodeState, Row
 from simulations.faults import Playground
-from simulations.node import node_id
+from simulations.node import mesh_of, node_id
+from simulations.serving import ServingNode
 from simulations.world import Host, InvariantBroken
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ class Watch:
 
     def after_event(self, host: Host) -> None:
         """Raises AssertionError where this host's node believes what it must not."""
-        mesh = host.machine
-        assert isinstance(mesh, Mesh)
+        mesh = mesh_of(host.machine)
         if mesh.membership.left:
             return
         now, view = self.world.time, mesh.view
@@ -62,10 +61,13 @@ class Watch:
     def at_end(self) -> None:
         """Everybody who lives agrees on everything. Raises InvariantBroken."""
         meshes = {
-            label: host.machine for label, host in self.world.hosts.items() if isinstance(host.machine, Mesh)
+            label: mesh_of(host.machine)
+            for label, host in self.world.hosts.items()
+            if host.machine is not None
         }
         names = {self.ground.settings[label].name for label in meshes}
         marks = set()
+        self._all_answered()
         for label, mesh in meshes.items():
             states = {m.name: m.state.value for m in mesh.view.members if m.id in self._current_ids()}
             missing = names - states.keys()
@@ -87,6 +89,16 @@ class Watch:
                     f"{label} has old addresses of {other} at the end",
                 )
         self._require(len(marks) == 1, f"directories differ at the end: {marks}")
+
+    def _all_answered(self) -> None:
+        """Every ask of a living entry node has ended, and no engine works for nobody."""
+        waiting = sorted(self.ground.ledger.open)
+        self._require(not waiting, f"never ended: {waiting[:5]}")
+        for label, host in self.world.hosts.items():
+            if isinstance(host.machine, ServingNode):
+                batcher = host.machine.serving.batcher
+                load = batcher.load()
+                self._require(load.running + load.queued == 0, f"{label} still works for nobody: {batcher!r}")
 
     def _row_only_advances(self, host: Host, row: Row) -> None:
         """A node never shows an older row of an author than it has shown before in this life."""

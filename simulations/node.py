@@ -28,7 +28,10 @@ from fieldmesh.core.mesh import (
 )
 from fieldmesh.core.messages import ControlMessage, Envelope
 from fieldmesh.core.model import Address, Domain, NodeId, ProfileOffer
+from fieldmesh.core.steps import BatcherConfig
 from fieldmesh.rpc import wire
+from simulations import serving
+from simulations.serving import Ledger, Serving, ServingNode
 from simulations.world import Host
 
 KEY_BYTES = 32
@@ -81,10 +84,14 @@ class KeyedSealer:
 class MeshCodec:
     """Control messages through the real wire format; what the wire refuses is not delivered."""
 
-    def encode(self, message: ControlMessage) -> bytes:
+    def encode(self, message: ControlMessage | serving.ServingMessage) -> bytes:
+        if isinstance(message, serving.ServingMessage):
+            return serving.encode(message)
         return wire.encode(_NOBODY, message)
 
-    def decode(self, data: bytes) -> ControlMessage | None:
+    def decode(self, data: bytes) -> ControlMessage | serving.ServingMessage | None:
+        if data.startswith(serving.SERVING_MARK):
+            return serving.decode(data)
         try:
             return wire.decode(data)[1]
         except InvalidRequest:
@@ -101,6 +108,15 @@ class Settings:
     seeds: tuple[Address, ...]
     profiles: tuple[ProfileOffer, ...]
     config: MeshConfig
+    batcher: BatcherConfig | None = None
+    """Set where the node serves requests."""
+
+
+def mesh_of(machine: object) -> Mesh:
+    """The mesh of a running node, whether or not it serves requests."""
+    mesh = machine.mesh if isinstance(machine, ServingNode) else machine
+    assert isinstance(mesh, Mesh)
+    return mesh
 
 
 def refused(send: Send[ControlMessage]) -> LinkFailed:
@@ -108,10 +124,12 @@ def refused(send: Send[ControlMessage]) -> LinkFailed:
     return LinkFailed(address=send.address, to=send.to)
 
 
-def booter(settings: Settings, rng: Random) -> Callable[[Host], tuple[Mesh, Iterable[Any]]]:
+def booter(
+    settings: Settings, rng: Random, ledger: Ledger | None = None
+) -> Callable[[Host], tuple[Mesh | ServingNode, Iterable[Any]]]:
     """How a host starts its node: the incarnation rises durably before anything is sent."""
 
-    def boot(host: Host) -> tuple[Mesh, Iterable[Any]]:
+    def boot(host: Host) -> tuple[Mesh | ServingNode, Iterable[Any]]:
         incarnation = int(host.disk.durable.get(INCARNATION_KEY, b"0")) + 1
         host.disk.durable[INCARNATION_KEY] = str(incarnation).encode()
         host.identity = node_id(settings.key)
@@ -132,9 +150,18 @@ def booter(settings: Settings, rng: Random) -> Callable[[Host], tuple[Mesh, Iter
             snapshot=host.disk.durable.get(SNAPSHOT_KEY),
         )
         hints = [JoinHint(address=address, source=HintSource.SEED) for address in settings.seeds]
-        return mesh, [OfferChanged(profiles=settings.profiles), *hints]
+        events = [OfferChanged(profiles=settings.profiles), *hints]
+        if settings.batcher is None or ledger is None:
+            return mesh, events
+        requests = Serving(mesh, settings.name, ledger, Random(rng.getrandbits(64)), settings.batcher)
+        return ServingNode(mesh, requests), events
 
     return boot
+
+
+def generalist() -> ProfileOffer:
+    """Answers what no specialist owns."""
+    return ProfileOffer(name="general", model="tiny", fingerprint="f" * 64)
 
 
 def profile(name: str, words: str) -> ProfileOffer:

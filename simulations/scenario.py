@@ -13,12 +13,23 @@ from typing import Any
 
 from fieldmesh.core.joining import JoinConfig
 from fieldmesh.core.membership import MembershipConfig
-from fieldmesh.core.mesh import Mesh, MeshConfig
-from fieldmesh.core.model import Address, NodeState
+from fieldmesh.core.mesh import MeshConfig
+from fieldmesh.core.model import Address, ProfileOffer
 from fieldmesh.core.replica import ReplicaConfig
+from fieldmesh.core.steps import BatcherConfig
 from simulations.faults import FAULTS, Playground
 from simulations.invariants import Watch
-from simulations.node import MeshCodec, Settings, booter, make_key, node_id, profile, refused
+from simulations.node import (
+    MeshCodec,
+    Settings,
+    booter,
+    generalist,
+    make_key,
+    mesh_of,
+    node_id,
+    profile,
+    refused,
+)
 from simulations.world import InvariantBroken, Link, World
 
 FOLDER = Path(__file__).parent / "scenarios"
@@ -67,6 +78,7 @@ class Scenario:
     link: Link = field(default_factory=Link)
     faults: dict[str, FaultPlan] = field(default_factory=dict)
     expect: tuple[str, ...] = ()
+    batcher: dict[str, Any] = field(default_factory=dict)
     membership: dict[str, Any] = field(default_factory=dict)
     replica: dict[str, Any] = field(default_factory=dict)
     mesh: dict[str, Any] = field(default_factory=dict)
@@ -144,15 +156,16 @@ def build(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[World
             mesh=MESH,
             key=make_key(f"{seed} {label}"),
             seeds=tuple(addresses[: scenario.seeds_known]),
-            profiles=(profile(f"p{index}", f"subject {index}"),),
+            profiles=_offers(index, scenario),
             config=config,
+            batcher=BatcherConfig(**scenario.batcher) if scenario.batcher else None,
         )
         ground.settings[label] = settings
         world.add_host(
             label,
             node_id(settings.key),
             (address,),
-            booter(settings, rng),
+            booter(settings, rng, ground.ledger),
             clock_offset_s=rng.uniform(0, scenario.clock_offset_s_max),
             clock_rate=1 + rng.uniform(-1, 1) * scenario.clock_rate_error_max,
         )
@@ -163,6 +176,14 @@ def build(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[World
     world.invariants.append(watch.after_event)
     schedule(scenario, ground)
     return world, ground, watch
+
+
+def _offers(index: int, scenario: Scenario) -> tuple[ProfileOffer, ...]:
+    """A domain of its own for each node; where requests are served, three domains and two generalists."""
+    if not scenario.batcher:
+        return (profile(f"p{index}", f"subject {index}"),)
+    special = profile(f"p{index % 3}", f"subject {index % 3}")
+    return (special, generalist()) if index >= scenario.nodes - 2 else (special,)
 
 
 def schedule(scenario: Scenario, ground: Playground) -> None:
@@ -204,15 +225,10 @@ def run(scenario: Scenario, seed: int, *, record: bool = False) -> tuple[Outcome
 
 def gather(world: World, ground: Playground) -> Counter[str]:
     """Everything that was counted: by the world, by the machines that lived, by those that were killed."""
-    counts = world.counts + ground.counts
+    counts = world.counts + ground.counts + ground.ledger.counts
     for host in world.hosts.values():
-        if isinstance(host.machine, Mesh):
-            counts += ground.counts_of(host.machine)
+        if host.machine is not None:
+            counts += ground.counts_of(mesh_of(host.machine))
     for event, times in world.notes.items():
         counts[f"note_{event}"] += times
     return counts
-
-
-def alive_names(mesh: Mesh) -> set[str]:
-    """Whom a node takes for alive, itself included."""
-    return {member.name for member in mesh.view.members if member.state is NodeState.ALIVE}
