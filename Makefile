@@ -20,13 +20,14 @@ READY_MADE := $(PIP) install --require-hashes --only-binary :all:
 # The engine's wheel is kept apart by compiler arguments and by processor, because pip's cache knows neither.
 # Multimodal models are not served yet; leaving their half of llama.cpp out saves a third of the wait.
 ENGINE_ARGS := -DLLAVA_BUILD=OFF $(CMAKE_ARGS)
-ENGINE_KEY = $(shell { echo '$(ENGINE_ARGS)'; grep -m1 -E '^(flags|Features)' /proc/cpuinfo; } 2>/dev/null | cksum | cut -d' ' -f1)
+ENGINE_KEY = $$({ echo "$$ENGINE_ARGS"; grep -m1 -E '^(flags|Features)' /proc/cpuinfo; } 2>/dev/null | cksum | cut -d' ' -f1)
 ENGINE_CACHE = $${XDG_CACHE_HOME:-$$HOME/.cache}/fieldmesh/engine-$(ENGINE_KEY)
+ENGINE_ENV = PATH="$(BIN):$$PATH" CMAKE_ARGS="$$ENGINE_ARGS"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
-export ASK
+export ASK ENGINE_ARGS
 
 ##@ Use
 
@@ -100,7 +101,7 @@ compose-test: dev wheel ## three containers, six kinds of fault, and an answer a
 
 .PHONY: wheel
 wheel: $(STEPS)/engine ## the compiled engine as a file: build/wheels/llama_cpp_python-*.whl
-	@PATH="$(BIN):$$PATH" CMAKE_ARGS="$(ENGINE_ARGS)" \
+	@$(ENGINE_ENV) \
 	$(SETUP) "packing the engine" --usual "seconds" --log $(CURDIR)/$(STEPS)/wheel.log -- \
 	$(PIP) wheel --verbose --cache-dir "$(ENGINE_CACHE)" --require-hashes --no-deps --no-build-isolation -w build/wheels -r requirements/engine.txt
 
@@ -152,14 +153,14 @@ $(STEPS)/node: requirements/node.txt $(STEPS)/build
 	@touch $@
 
 $(STEPS)/engine: requirements/engine.txt $(STEPS)/node $(if $(CMAKE_ARGS),$(STEPS)/engine-args)
-	@PATH="$(BIN):$$PATH" CMAKE_ARGS="$(ENGINE_ARGS)" \
+	@$(ENGINE_ENV) \
 	$(SETUP) "building the engine, llama.cpp" --usual "3 to 6 minutes on two cores, seconds when built before" --log $(CURDIR)/$@.log -- \
 	$(PIP) install --verbose --cache-dir "$(ENGINE_CACHE)" --require-hashes --no-deps --no-build-isolation --force-reinstall -r $<
 	@touch $@
 
 # Compiler arguments that are given and differ from the last ones build the engine anew; none given keep what is there.
 $(STEPS)/engine-args: always | $(BIN)/python
-	@echo '$(CMAKE_ARGS)' | cmp -s - $@ || echo '$(CMAKE_ARGS)' >$@
+	@echo "$$ENGINE_ARGS" | cmp -s - $@ || echo "$$ENGINE_ARGS" >$@
 .PHONY: always
 always:
 
