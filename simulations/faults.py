@@ -289,7 +289,7 @@ def ask(ground: Playground, lasts_s: float) -> None:
         request = AskArrived(
             id=f"ask-{number}",
             domain=ground.rng.choice([*domains, ""]),
-            prompt=tuple(ground.rng.randrange(1000) for _ in range(ground.rng.randint(1, 200))),
+            prompt=tuple(ground.rng.randrange(1000) for _ in range(ground.rng.randint(1, 350))),
             tokens_max=ground.rng.randint(1, 120),
         )
         ground.world.post(label, request, ground.rng.uniform(0.0, 0.5))

@@ -1,7 +1,7 @@
 """Seeded bugs of the mesh's machines: what a sweep must find, or it proves nothing.
 
-Owns: the list for membership and directory; the log's own list and the way a mutant is put in are in
-``raft_mutants``. Each names the scenario whose sweep catches it.
+Owns: the list for membership, directory, routing, dispatch and batching, each with the scenario whose sweep
+catches it; the log's own list, and the way a mutant is put in, are in ``raft_mutants``.
 """
 
 from __future__ import annotations
@@ -60,6 +60,34 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
         old="if own is not None and",
         new="if own is None and",
         scenario="records",
+    ),
+    Mutant(
+        name="dead-are-candidates",
+        target="routing:_Inquiry.obstacle",
+        old="if member.state is not NodeState.ALIVE:",
+        new="if member.state is NodeState.LEFT:",
+        scenario="requests",
+    ),
+    Mutant(
+        name="view-ignored-by-dispatch",
+        target="dispatch:Dispatch._view_moved",
+        old="if state is None or state not in given_up:",
+        new="if True:",
+        scenario="requests",
+    ),
+    Mutant(
+        name="refusals-end-requests",
+        target="dispatch:Dispatch._failed",
+        old="if not moves_on:",
+        new="if not moves_on or not isinstance(error, errors.QueueFull):",
+        scenario="requests",
+    ),
+    Mutant(
+        name="cells-overbooked",
+        target="batching:Batcher._make_room",
+        old="if reserved + cells > self.config.cells_total:",
+        new="if False:",
+        scenario="requests",
     ),
 )
 

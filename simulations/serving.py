@@ -42,6 +42,8 @@ from fieldmesh.engine.cost import CostModel, prompt_digest, sample_step, token_a
 
 VOCABULARY_TOKENS = 1000
 FLUSH_TOKENS = 8
+ASK_S_MAX = 20.0
+"""More than an answer, a freeze of the node that was asked, and a few failovers take together."""
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
@@ -127,6 +129,7 @@ class _Request:
     dispatch: Dispatch
     ask: AskArrived
     digest: bytes
+    asked_at: float
     delivered: int = 0
     at: Candidate | None = None
 
@@ -162,6 +165,7 @@ class Serving:
         self._plan: StepPlan | None = None
         self._step_ends_at = 0.0
         self._load = Load()
+        self._now = 0.0
 
     @property
     def deadline(self) -> float | None:
@@ -175,6 +179,8 @@ class Serving:
         self.batcher.check()
         for request in self.requests.values():
             request.dispatch.check()
+            age_s = self._now - request.asked_at
+            assert age_s <= ASK_S_MAX, f"{request.ask.id} is neither answered nor failed after {age_s:.1f} s"
         assert not self._ledger.garbled, self._ledger.garbled[0]
         assert not self._ledger.lost_before_first_token, self._ledger.lost_before_first_token[0]
 
@@ -210,7 +216,9 @@ class Serving:
             rng=self._rng,
             now=now,
         )
-        self.requests[ask.id] = _Request(dispatch=machine, ask=ask, digest=prompt_digest(ask.prompt))
+        self.requests[ask.id] = _Request(
+            dispatch=machine, ask=ask, digest=prompt_digest(ask.prompt), asked_at=now
+        )
         return self._perform(ask.id, machine.begin(now), now)
 
     def received(self, sender: NodeId, message: ServingMessage, now: float) -> list[Any]:
@@ -259,6 +267,7 @@ class Serving:
 
     def look(self, now: float) -> list[Any]:
         """Take in what changed in the view, do what is due, begin the next step."""
+        self._now = now
         effects: list[Any] = []
         view = self.mesh.view
         if view is not self._view:

@@ -421,7 +421,10 @@ class World:
 
     def _handle(self, host: Host, event: Any, local: float) -> None:
         assert host.machine is not None
-        effects = host.machine.handle(event, local)
+        try:
+            effects = host.machine.handle(event, local)
+        except AssertionError as error:
+            raise InvariantBroken(f"t={self.time:.6f} {host.label} on {event!r}: {error}") from error
         self._perform(host, effects)
         self._guard_progress(host, event, local)
         if self.events_done % self._check_every_events:
