@@ -46,8 +46,8 @@ FAULT_KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What a file says. ``faults`` gives for each kind the mean seconds between two; ``must`` names the counts
-    that a sweep must have seen at least once."""
+    """What a file says. ``faults`` gives for each kind the mean seconds between two; ``must`` names the
+    counts that a sweep must have seen at least once."""
 
     name: str
     founders: int

@@ -1,4 +1,4 @@
-"""Clients of the log in the simulated world. Owns: what they ask, what they are told, and the history of both.
+"""Clients of the log in the simulated world. Owns: what they ask, what they are told, the history of both.
 
 Each does one operation after another: get, put, or compare-and-set on one of a few keys, at a node that it
 believes to lead. It asks again with the same sequence number where it was told nothing, and gives up after a

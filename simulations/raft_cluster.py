@@ -1,4 +1,4 @@
-"""A log's members as hosts of the discrete-event world. Owns: stores that lose what was not synced, and answers.
+"""A log's members as hosts of the discrete-event world. Owns: stores that lose what was not synced.
 
 ``Node`` stands between ``core.consensus`` and the world: a Save becomes a Persist of the world (so nothing
 behind it happens before it is durable, and a crash keeps a prefix), a Post becomes a Send through the real
@@ -19,6 +19,7 @@ from fieldmesh.core.events import Persist, Send
 from fieldmesh.core.model import Address, NodeId
 from fieldmesh.core.raft_members import founded
 from fieldmesh.core.raft_model import (
+    Append,
     Apply,
     Chunk,
     Entry,
@@ -73,6 +74,8 @@ class WatchedCodec:
             self.oracle.sends(spoken.sender, message.term, voted=voted)
         if isinstance(body, Chunk) and body.offset == 0:
             self.oracle.counts["snapshots_sent"] += 1
+        if isinstance(body, Append):
+            self.oracle.exist(spoken.sender, body.prev_term, body.entries)
         return codec.encode(message)
 
     def decode(self, data: bytes) -> Message | None:
@@ -104,6 +107,12 @@ class Store:
         if save.truncate_after is not None:
             self.entries = [entry for entry in self.entries if entry.index <= save.truncate_after]
         self.entries.extend(save.entries)
+
+    def term_at(self, index: int) -> int | None:
+        """The term of an entry that is here, or of the snapshot's last one."""
+        if self.entries and index >= self.entries[0].index:
+            return self.entries[index - self.entries[0].index].term
+        return self.snapshot.term if index == self.snapshot.index else None
 
     def load(self) -> Stored:
         return Stored(hard=self.hard, snapshot=self.snapshot, entries=tuple(self.entries))
@@ -206,7 +215,7 @@ class Cluster:
         self._found(founders)
 
     def _found(self, founders: int) -> None:
-        """One founder writes the log's first entry; further founders begin with a copy of it that names all."""
+        """One founder writes the log's first entry; more founders begin with a copy that names them all."""
         stored = founded(NodeId(self.labels[0]), GROUP)
         if founders > 1:
             voters = tuple(NodeId(label) for label in self.labels[:founders])
@@ -236,7 +245,11 @@ class Cluster:
         """Move what the world made durable into the store, in the order in which it was written."""
         for key in list(host.disk.durable):
             del host.disk.durable[key]
-            self.stores[host.label].save(self.journal.pop((host.label, key)))
+            save = self.journal.pop((host.label, key))
+            store = self.stores[host.label]
+            store.save(save)
+            before = store.term_at(save.entries[0].index - 1) if save.entries else None
+            self.oracle.exist(host.label, before, save.entries)
 
     def node(self, label: str) -> Node | None:
         machine = self.world.hosts[label].machine
@@ -275,7 +288,6 @@ class Cluster:
 
     def _watch_save(self, node: Node, save: Save) -> None:
         label, consensus = node.host.label, node.consensus
-        self.oracle.saved(label, consensus.raft, save)
         self.counts["saves"] += 1
         if label in self.doomed:
             self.doomed.discard(label)

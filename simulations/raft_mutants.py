@@ -39,7 +39,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
     for part in outer:
         owner = getattr(owner, part)
     original = vars(owner)[name]
-    function = original.fget if isinstance(original, property) else original
+    function: Any = original.fget if isinstance(original, property) else original
     source = textwrap.dedent(inspect.getsource(function))
     if source.count(mutant.old) != 1:
         raise LookupError(f"{mutant.name}: {mutant.old!r} occurs {source.count(mutant.old)} times")
@@ -104,7 +104,6 @@ MUTANTS: tuple[Mutant, ...] = (
         target="raft_follower:Follower.on_append",
         old="min(append.commit, verified)",
         new="min(append.commit, verified if entries else self.log.last_index)",
-        scenario="raft_four",
         test="test_raft_replication:TestAppend.test_a_heartbeat_does_not_commit_an_unverified_tail",
     ),
     Mutant(

@@ -7,10 +7,11 @@ those of the paper's figure 3, and what clients are promised: nothing acknowledg
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from fieldmesh.core import settings
 from fieldmesh.core.raft import Raft
-from fieldmesh.core.raft_model import Entry, EntryKind, Restore, Role, Save
+from fieldmesh.core.raft_model import Entry, EntryKind, Restore, Role
 
 
 class Oracle:
@@ -44,10 +45,13 @@ class Oracle:
                 f"term {self.committed[index].term} (it holds term {term})"
             )
 
-    def saved(self, label: str, raft: Raft, save: Save) -> None:
-        """Log matching: equal index and term mean equal entries and equal predecessors."""
-        previous = raft.log.term_at(save.entries[0].index - 1) if save.entries else None
-        for entry in save.entries:
+    def exist(self, label: str, previous: int | None, entries: Iterable[Entry]) -> None:
+        """Log matching: equal index and term mean equal entries and equal predecessors.
+
+        Entries exist when they are durable somewhere or were sent to somebody. ``previous`` is the term of
+        the entry before the first, None where that is not known.
+        """
+        for entry in entries:
             at = (entry.index, entry.term)
             content = (entry.kind, entry.data)
             assert self.entries.setdefault(at, content) == content, f"log matching: {label} differs at {at}"
@@ -119,5 +123,5 @@ class Oracle:
         """A linearizable read must see everything that was committed when it was asked (§6.4)."""
         self.counts["reads_proven"] += 1
         assert index >= committed_when_asked, (
-            f"stale read: {label} answers at {index}, but {committed_when_asked} was committed before it was asked"
+            f"stale read: {label} answers at {index}, but {committed_when_asked} was committed before"
         )

@@ -251,7 +251,7 @@ class Leadership:
 
     def _ping(self, node: NodeId) -> Posts:
         """An Append without entries. It stands at the end of what was sent, so that a refusal reveals a loss
-        or leads the search on; while a snapshot is sent, at the beginning of the log, where all logs match."""
+        or leads the search on; while a snapshot is sent, at the log's beginning, where all logs match."""
         progress = self.progress[node]
         prev_index, prev_term = 0, 0
         if progress.pace is not Pace.SNAPSHOT:

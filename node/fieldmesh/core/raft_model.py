@@ -297,7 +297,7 @@ RaftEvent = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """Make durable in one transaction, in this order, before performing any later effect:
+    """Make durable in one transaction, in this order, before any later effect of this list or of later ones:
 
     the hard state if given; the snapshot if given, and with it remove all entries up to its index;
     remove the entries after ``truncate_after`` if given; add ``entries``. Then hand in ``Saved``.
