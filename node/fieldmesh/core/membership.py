@@ -23,16 +23,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
 from typing import assert_never
 
 from fieldmesh.core.errors import MeshMismatch, ProtocolMismatch
 from fieldmesh.core.events import Note, Received, Send, Tick
-from fieldmesh.core.joining import HintSource, JoinConfig, Joining, backoff_s
+from fieldmesh.core.joining import JoinConfig, Joining, backoff_s
 from fieldmesh.core.messages import (
     ADDRESSES_MAX,
-    GOSSIP_PER_HEARTBEAT_MAX,
     PEERS_PER_WELCOME_MAX,
     RUMORS_PER_MESSAGE_MAX,
     ControlMessage,
@@ -59,151 +58,35 @@ from fieldmesh.core.model import (
     NodeId,
     NodeState,
 )
+from fieldmesh.core.peers import (
+    AddressesChanged,
+    JoinHint,
+    LeaveRequested,
+    LinkFailed,
+    LoadChanged,
+    MembershipConfig,
+    MembershipEvent,
+    Peer,
+)
+from fieldmesh.core.rumors import Rumors
 
 PEERS_FULL = "PEERS_FULL"
 RTT_CREDIBLE_S_MAX = 60.0
 NOTE_INTERVAL_S = 10.0
 """A remote's nonsense is told to the operator at most once in this time, however often it comes."""
 
+__all__ = [
+    "AddressesChanged",
+    "JoinHint",
+    "LeaveRequested",
+    "LinkFailed",
+    "LoadChanged",
+    "Membership",
+    "MembershipConfig",
+    "Peer",
+]
+
 Effect = Send[ControlMessage] | Note
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JoinHint:
-    """Somebody of our mesh may live at ``address``."""
-
-    address: Address
-    source: HintSource
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkFailed:
-    """A connection was refused or broke: its process is probably gone."""
-
-    address: Address
-    to: NodeId | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadChanged:
-    """How busy this node is now."""
-
-    load: Load
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddressesChanged:
-    """This node's peer listener is to be reached at other addresses from now on, best first."""
-
-    addresses: tuple[Address, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaveRequested:
-    """Say goodbye to everybody; the node stops soon."""
-
-
-MembershipEvent = (
-    Tick
-    | Received[MembershipMessage]
-    | JoinHint
-    | LinkFailed
-    | LoadChanged
-    | AddressesChanged
-    | LeaveRequested
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipConfig:
-    """Times in seconds. With these a fault is noticed 1.0 to 1.5 s after it happened.
-
-    ``suspect_after_s`` less ``beat_s`` is how late another node's loop may be before it is suspected.
-    ``vouch_s`` is how long the word of another node holds; it spans three rounds of probes.
-    ``suspicion_s_min`` and ``_max`` bound the time to refute, with ``confirmations_wanted`` accusers and
-    with one (Lifeguard 3.2). ``late_s`` of lateness of our own is ordinary; ``frozen_s`` is a freeze.
-    ``rumor_factor`` x log2(nodes) is how often one node passes a rumor on (SWIM 4.1; 3 suffices there).
-    """
-
-    beat_s: float = 0.5
-    probe_after_s: float = 1.0
-    suspect_after_s: float = 1.5
-    probe_interval_s: float = 0.5
-    vouch_s: float = 1.8
-    suspicion_s_min: float = 2.0
-    suspicion_s_max: float = 6.0
-    confirmations_wanted: int = 3
-    indirect_probes: int = 3
-    link_failed_grace_s: float = 0.4
-    late_s: float = 0.15
-    frozen_s: float = 1.0
-    forget_after_s: float = 24 * 3600.0
-    direct_max: int = 50
-    random_probes: int = 3
-    gossip_per_heartbeat: int = 16
-    rumor_factor: int = 4
-    peers_max: int = 2048
-    helping_max: int = 256
-    addresses_welcomed_max: int = 4
-
-    def __post_init__(self) -> None:
-        if not self.beat_s < self.probe_after_s < self.suspect_after_s:
-            raise ValueError("beat_s < probe_after_s < suspect_after_s is required")
-        if self.suspicion_s_min > self.suspicion_s_max:
-            raise ValueError("suspicion_s_min must not exceed suspicion_s_max")
-        if self.vouch_s <= 2 * self.probe_interval_s:
-            raise ValueError("vouch_s must span more than two probe intervals")
-        if self.gossip_per_heartbeat > GOSSIP_PER_HEARTBEAT_MAX:
-            raise ValueError(f"gossip_per_heartbeat must be at most {GOSSIP_PER_HEARTBEAT_MAX}")
-
-
-@dataclass(slots=True, eq=False)
-class Peer:
-    """What is known and believed of one other node. Mutable; owned by Membership."""
-
-    id: NodeId
-    name: str
-    incarnation: int
-    refutations: int
-    addresses: tuple[Address, ...]
-    state: NodeState
-    since: float
-    sequence: int = 0
-    """The latest message of this incarnation, heard or gossiped."""
-    nonce: int = 0
-    """Tells two lives under one incarnation apart; 0 before the peer introduced itself."""
-    load: Load = field(default_factory=Load)
-    rtt_s: float = 0.0
-    rtt_shown_s: float = 0.0
-    address_index: int = 0
-    heard_at: float = float("-inf")
-    waiting_since: float | None = None
-    """From when its silence counts; None while nothing is expected of it."""
-    vouched_at: float = float("-inf")
-    deaf: bool = False
-    """It says that it does not hear us."""
-    doubted: bool = False
-    probe_at: float = float("-inf")
-    probes: int = 0
-    confirmers: dict[NodeId, None] = field(default_factory=dict)
-    retries: int = 0
-    retry_at: float = 0.0
-    echo_sent_s: float = 0.0
-    echo_at: float = 0.0
-    accused: Rumor | None = None
-    """What somebody says of it, to be passed on to it so that it can refute."""
-
-    @property
-    def address(self) -> Address | None:
-        return self.addresses[self.address_index % len(self.addresses)] if self.addresses else None
-
-    @property
-    def standing(self) -> tuple[int, int]:
-        return (self.incarnation, self.refutations)
-
-    @property
-    def gone(self) -> bool:
-        return self.state is NodeState.DEAD or self.state is NodeState.LEFT
 
 
 class Membership:
@@ -241,7 +124,7 @@ class Membership:
         self._peers: dict[NodeId, Peer] = {}
         self._living: dict[NodeId, Peer] = {}
         """Those of them that are not gone."""
-        self._rumors: dict[NodeId, tuple[Rumor, int]] = {}
+        self._rumors = Rumors()
         self._helping: dict[NodeId, list[tuple[NodeId, int, float]]] = {}
         self._ring: list[NodeId] = []
         self._gossip_ring: list[Peer] = []
@@ -985,12 +868,7 @@ class Membership:
         )
 
     def _spread(self, rumor: Rumor) -> None:
-        """Pass a rumor on with the next messages; of two about one node, the one that overrides stays."""
-        held = self._rumors.get(rumor.about)
-        if held is not None and _overrides(held[0], rumor):
-            return
-        times = self.config.rumor_factor * math.ceil(math.log2(len(self._living) + 2))
-        self._rumors[rumor.about] = (rumor, times)
+        self._rumors.spread(rumor, self.config.rumor_factor * math.ceil(math.log2(len(self._living) + 2)))
 
     def _rumors_for(self, peer: Peer) -> tuple[Rumor, ...]:
         """What this peer should hear: first what is said of itself, then what was passed on least."""
@@ -1000,15 +878,7 @@ class Membership:
             peer.accused = None
         elif peer.state is NodeState.SUSPECT or peer.state is NodeState.DEAD:
             chosen.append(self._rumor_about(peer, _RUMORED[peer.state]))
-        if self._rumors:
-            fresh_first = sorted(self._rumors.values(), key=lambda entry: -entry[1])
-            for rumor, left in fresh_first[: RUMORS_PER_MESSAGE_MAX - len(chosen)]:
-                chosen.append(rumor)
-                if left > 1:
-                    self._rumors[rumor.about] = (rumor, left - 1)
-                else:
-                    del self._rumors[rumor.about]
-        return tuple(chosen)
+        return (*chosen, *self._rumors.take(RUMORS_PER_MESSAGE_MAX - len(chosen)))
 
     def _rumor(self, rumor: Rumor, sender: NodeId, now: float) -> Iterator[Effect]:
         if rumor.about == self.local:
@@ -1188,13 +1058,6 @@ _RUMORED = {
     NodeState.DEAD: Rumored.DEAD,
     NodeState.LEFT: Rumored.LEFT,
 }
-_SEVERITY = {Rumored.ALIVE: 0, Rumored.SUSPECT: 1, Rumored.DEAD: 2, Rumored.LEFT: 3}
-
-
-def _overrides(held: Rumor, other: Rumor) -> bool:
-    """SWIM 4.2: the higher standing wins; at equal standing the graver rumor does."""
-    held_rank = (held.incarnation, held.refutations, _SEVERITY[held.says])
-    return held_rank > (other.incarnation, other.refutations, _SEVERITY[other.says])
 
 
 def _worth_telling(peer: Peer) -> bool:
