@@ -95,7 +95,11 @@ def _sweep(options: argparse.Namespace) -> int:
         started = time.monotonic()
         outcomes = []
         for outcome in sweep.sweep(
-            name, seeds, jobs=options.jobs, mutant=options.mutant, journal=options.journal
+            name,
+            seeds[: sweep.seeds_max(name)],
+            jobs=options.jobs,
+            mutant=options.mutant,
+            journal=options.journal,
         ):
             outcomes.append(outcome)
             if not options.json:

@@ -54,7 +54,8 @@ class Watch:
             if label == host.label:
                 continue
             if member.state is NodeState.ALIVE:
-                self._must_notice(host, label, member, now)
+                if self.scenario.checks_notice:
+                    self._must_notice(host, label, member, now)
             elif self.scenario.checks_alive:
                 self._must_not_accuse(host, label, member, now, calm_since)
 
@@ -124,10 +125,10 @@ class Watch:
         """Nobody who was dead, frozen or cut off for ``notice_s`` is taken for alive."""
         since = self.ground.down_since.get(label)
         cut = self.ground.cut_since.get((label, host.label))
+        since = min((time for time in (since, cut) if time is not None), default=None)
         deaf = self.ground.cut_since.get((host.label, label))
-        if deaf is not None:  # it learns of that from what the other side says
-            deaf += TOLD_OF_DEAFNESS_S
-        since = min((time for time in (since, cut, deaf) if time is not None), default=None)
+        if since is None and deaf is not None:  # it learns of that from what the other side says
+            since = deaf + TOLD_OF_DEAFNESS_S
         if since is None:
             return
         if self.ground.ids.get(member.id) == label and member.id != node_id(self.ground.settings[label].key):

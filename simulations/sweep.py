@@ -45,6 +45,11 @@ def expected(name: str) -> tuple[str, ...]:
     return _raft(name).must if _is_raft(name) else scenario.load(name).expect
 
 
+def seeds_max(name: str) -> int | None:
+    """How many seeds of this scenario a sweep takes at most; None for as many as are asked for."""
+    return None if _is_raft(name) else scenario.load(name).seeds_swept
+
+
 def trial(name: str, seed: int, mutant: str = "") -> Outcome:
     """One seed of one scenario, with a seeded bug where one is named."""
     with mutants.seeded(mutant) if mutant else nullcontext():
