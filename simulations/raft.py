@@ -21,7 +21,7 @@ from typing import Any
 from fieldmesh.core.consensus import Consensus
 from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_members import choose_voters, next_change
-from fieldmesh.core.raft_model import Members, RaftConfig, Transfer
+from fieldmesh.core.raft_model import EntryKind, Members, RaftConfig, Transfer
 from simulations.linearizability import first_violation
 from simulations.raft_clients import Clients
 from simulations.raft_cluster import Cluster, Watched
@@ -40,6 +40,7 @@ FAULT_KINDS = (
     "disk_full",
     "slow_disk",
     "transfer",
+    "wipe",
     "resize",
 )
 
@@ -138,6 +139,7 @@ class Trial:
         )
         self.troubled = True
         self.wanted_voters = scenario.founders
+        self.wiped: str | None = None
         for label in self.cluster.labels:
             host = self.world.hosts[label]
             skew = scenario.clock_skew
@@ -214,7 +216,8 @@ class Trial:
         self.world.at(self.world.time + delay, kind, lambda: self._cause(kind, mean_s))
 
     def _cause(self, kind: str, mean_s: float) -> None:
-        if not self.troubled:
+        operator = kind == "resize" and "wipe" in self.scenario.faults  # goes on repairing in peace
+        if not self.troubled and not operator:
             return
         getattr(self, f"_cause_{kind}")()
         self._schedule(kind, mean_s)
@@ -294,22 +297,45 @@ class Trial:
             self.counts["transfers_asked"] += 1
             self.world.post(leader, Transfer(to=NodeId(self.random.choice(self.cluster.labels))))
 
+    def _cause_wipe(self) -> None:
+        """A box gets a new disk and keeps its name. One at a time, among three voters at least, and in no
+        change: more is beyond what any log promises. The operator (resize) takes it out and in again."""
+        leader = self.cluster.leader
+        node = self.cluster.node(leader) if leader is not None else None
+        if node is None or self.wiped is not None:
+            return
+        log = node.consensus.raft.log
+        voters = log.members.voters
+        if len(voters) >= 3 and log.members_index <= log.commit:
+            label = self.wiped = self.random.choice([voter for voter in voters if voter != leader])
+            self.cluster.wipe(label)
+            self._later("start", lambda: self._start(label))
+
+    def _committed_members(self) -> tuple[str, ...]:
+        """Who is a member by the newest committed entry that says so."""
+        committed = self.cluster.oracle.committed
+        newest = max(index for index, entry in committed.items() if entry.kind is EntryKind.MEMBERS)
+        return Members.decode(committed[newest].data).all
+
     def _cause_resize(self) -> None:
         """One step towards the wanted number of voters; sometimes the wish changes."""
         leader = self.cluster.leader
         node = self.cluster.node(leader) if leader is not None else None
         if node is None or node.consensus.raft.leadership is None:
             return
-        if self.random.random() < 0.1:
+        if self.random.random() < 0.1 and "wipe" not in self.scenario.faults:
             self.wanted_voters = self.random.choice((1, 3, 5))
         raft = node.consensus.raft
         leadership, now = raft.leadership, node.host.local(self.world.time)
         assert leadership is not None
         members: Members = raft.log.members
-        stable = {NodeId(n): float(self.random.random()) for n in self.cluster.labels if self.cluster.node(n)}
+        if self.wiped is not None and self.wiped not in self._committed_members():
+            self.wiped = None
+        present = [NodeId(label) for label in self.cluster.labels if self.cluster.node(label)]
+        stable = {node_id: self.random.random() for node_id in present if node_id != self.wiped}
         wanted = choose_voters(members, stable, target=self.wanted_voters, enough_s=0.0)
         caught_up = {learner for learner in members.learners if leadership.caught_up(learner, now)}
-        change = next_change(members, wanted, caught_up, raft.me)
+        change = next_change(members, wanted, caught_up=caught_up, present=stable.keys(), leader=raft.me)
         if change is not None:
             self.counts[f"asked_{type(change).__name__}"] += 1
             self.world.post(raft.me, change)

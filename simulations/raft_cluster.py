@@ -251,6 +251,15 @@ class Cluster:
             before = store.term_at(save.entries[0].index - 1) if save.entries else None
             self.oracle.exist(host.label, before, save.entries)
 
+    def wipe(self, label: str) -> None:
+        """Take all that a host's disk holds; whoever ran there dies."""
+        host = self.world.hosts[label]
+        self.world.crash(label)
+        host.disk.durable.clear()
+        self.stores[label] = Store()
+        self.oracle.forget(label)
+        self.counts["wiped"] += 1
+
     def node(self, label: str) -> Node | None:
         machine = self.world.hosts[label].machine
         return machine if isinstance(machine, Node) and not machine.stopped else None

@@ -257,6 +257,13 @@ MUTANTS: tuple[Mutant, ...] = (
         test="test_raft_replication:TestSnapshots.test_chunks_of_two_leaders_are_not_mixed",
     ),
     Mutant(
+        name="a voter that lost its log is filled again",
+        target="raft_leader:Leadership.on_append_reply",
+        old="progress.lost = True",
+        new="progress.lost = False",
+        test="test_raft_members:TestAVoterThatLostItsLog.test_it_is_not_filled_again",
+    ),
+    Mutant(
         name="a retry is done again",
         target="settings:_once",
         old="known = session.outcomes.get(command.sequence)",

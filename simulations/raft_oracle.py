@@ -110,6 +110,11 @@ class Oracle:
             f"durability: {label} voted in term {term} and forgot it"
         )
 
+    def forget(self, label: str) -> None:
+        """A disk was taken: what its host had said is forgotten for good reason."""
+        self.sent_term.pop(label, None)
+        self.sent_vote = {vote for vote in self.sent_vote if vote[0] != label}
+
     def acknowledged(self, revision: int, value: str) -> None:
         """A client is told that its write is done: it must stand in the committed log, once."""
         self.counts["writes_acknowledged"] += 1

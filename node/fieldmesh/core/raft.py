@@ -18,7 +18,9 @@ randomness of its own. The roles:
 - Neither rests on clocks for safety: reads are proved by a round of messages (ReadIndex, §6.4).
 - A leader's Appends go out before its own Save, so both disks work at once (§10.2.1); its own entry counts
   only when the host reports it ``Saved``. All that a follower says comes after its Save.
-- A node without a log (nobody founded one on it, and no leader has sent it one) never votes nor campaigns.
+- A node without a log (nobody founded one on it, and no leader has sent it one) never votes nor campaigns,
+  and a leader does not fill the empty log of a *voter*: that one has lost what it had promised, and must be
+  removed and taken in again as a learner.
 
 Remote nonsense is dropped and counted (``dropped``); local misuse raises ValueError.
 """
@@ -96,6 +98,7 @@ class RaftStatus:
     group: str
     epoch: int
     matches: tuple[tuple[NodeId, int], ...]
+    lost_voters: tuple[NodeId, ...]
     dropped: tuple[tuple[str, int], ...]
 
 
@@ -181,6 +184,7 @@ class Raft:
             group=self.hard.group,
             epoch=self.hard.epoch,
             matches=tuple(sorted(matches.items())),
+            lost_voters=leadership.lost_voters if leadership else (),
             dropped=tuple(sorted(self.dropped.items())),
         )
 

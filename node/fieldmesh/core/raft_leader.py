@@ -194,6 +194,8 @@ class Leadership:
     def replicate(self, node: NodeId) -> Posts:
         """Send to ``node`` what it lacks, as far as its window goes."""
         progress, posts = self.progress[node], Posts()
+        if progress.lost:
+            return []
         while progress.next <= self.log.last_index or progress.pace is not Pace.REPLICATE:
             if self._window_full(progress):
                 break
@@ -284,6 +286,10 @@ class Leadership:
         if reply.ok:
             progress.acknowledged(reply.index)
             return [*self.replicate(sender), *self._hand_over()]
+        if reply.index == 0 and reply.prev_index > 0 and sender in self.log.members.voters:
+            progress.lost = True  # only an empty log answers so, and a voter had one when it was promoted
+        if progress.lost:
+            return []
         if progress.pace is Pace.SNAPSHOT or reply.prev_index <= progress.match:
             return []  # about something that was settled since
         if progress.pace is Pace.REPLICATE:
@@ -297,6 +303,12 @@ class Leadership:
     def _backtrack(self, reply: AppendReply) -> int:
         """Skip whole terms that cannot match instead of single entries (paper §5.3, at the end)."""
         return self.log.last_match_candidate(min(reply.index, reply.prev_index - 1), reply.hint_term) + 1
+
+    @property
+    def lost_voters(self) -> tuple[NodeId, ...]:
+        """Voters that came back without their log. They have forgotten what they voted for and acknowledged,
+        so they are not filled again: remove them, and add them as learners."""
+        return tuple(node for node, progress in self.progress.items() if progress.lost)
 
     def on_chunk_reply(self, sender: NodeId, reply: ChunkReply, now: float) -> Posts:
         """A follower holds more of a snapshot."""

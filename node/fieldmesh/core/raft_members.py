@@ -72,14 +72,20 @@ def choose_voters(
 
 
 def next_change(
-    members: Members, wanted: tuple[NodeId, ...], caught_up: AbstractSet[NodeId], leader: NodeId
+    members: Members,
+    wanted: tuple[NodeId, ...],
+    *,
+    caught_up: AbstractSet[NodeId],
+    present: AbstractSet[NodeId],
+    leader: NodeId,
 ) -> Change | None:
     """The next change towards ``wanted`` voters, or None if there is none to make (yet).
 
-    The leader is removed last; it hands over its office before (``Transfer``) if the caller is wise.
+    ``caught_up`` learners may be promoted. Voters that are not ``present`` (gone, or without their log) are
+    removed before others: each one that stays is a vote that a majority lacks. The leader is removed last;
+    it hands over its office before (``Transfer``) if the caller is wise.
     """
     missing = [node for node in wanted if node not in members.voters]
-    surplus = [node for node in members.voters if node not in wanted]
     for node in missing:
         if node not in members.learners:
             return AddLearner(node=node)
@@ -88,7 +94,6 @@ def next_change(
             return Remove(node=node)
     if missing:
         return Promote(node=missing[0]) if all(node in caught_up for node in missing) else None
-    for node in surplus:
-        if node != leader or len(surplus) == 1:
-            return Remove(node=node)
-    return None
+    surplus = [node for node in members.voters if node not in wanted]
+    surplus.sort(key=lambda node: (node == leader, node in present, node))
+    return Remove(node=surplus[0]) if surplus else None

@@ -31,7 +31,8 @@ class Progress:
     ``contact`` is when it last answered, ``round`` the newest broadcast that it answered, ``version`` the
     newest command version that it says it can apply (0: it has not said), ``commit`` what it was last told to
     be committed. ``waiting``: the one message of a probe or of a snapshot is under way;
-    ``answered``: it has answered a heartbeat that followed the chunk under way.
+    ``answered``: it has answered a heartbeat that followed the chunk under way; ``lost``: it is a voter and
+    its log is gone.
     """
 
     next: int
@@ -41,6 +42,7 @@ class Progress:
     round: int = 0
     version: int = 0
     commit: int = 0
+    lost: bool = False
     waiting: bool = False
     answered: bool = False
     snapshot: Snapshot | None = None
