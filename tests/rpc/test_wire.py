@@ -95,7 +95,7 @@ control_messages = st.one_of(
         rumors=rumors,
         gossip=gossip,
     ),
-    st.builds(m.Hello, who=introductions, dialed=addresses, rumors=rumors),
+    st.builds(m.Hello, who=introductions, dialed=addresses, rumors=rumors, wants_peers=st.booleans()),
     st.builds(m.Welcome, who=introductions, dialed=addresses, peers=hints),
     st.builds(m.Refused, code=names, message=names, dialed=addresses),
     st.builds(m.ProbeRequest, target=ids, address=addresses, nonce=numbers),

@@ -648,7 +648,8 @@ class Membership:
             if address in self.addresses:
                 self.joining.forget(address)
                 continue
-            yield Send(to=None, address=address, message=Hello(who=self._introduction(), dialed=address))
+            hello = Hello(who=self._introduction(), dialed=address, wants_peers=True)
+            yield Send(to=None, address=address, message=hello)
         # In a large mesh gossip tells of the living; knocking is for those that nobody tells of.
         budget = self.joining.config.tries_per_beat_max if self._direct else 1
         for peer in self._peers.values():
@@ -667,7 +668,7 @@ class Membership:
             yield Send(
                 to=peer.id,
                 address=address,
-                message=Hello(who=self._introduction(), dialed=address, rumors=rumors),
+                message=Hello(who=self._introduction(), dialed=address, rumors=rumors, wants_peers=peer.gone),
             )
 
     def _greeted(self, sender: NodeId, hello: Hello, now: float) -> Iterator[Effect]:
@@ -696,9 +697,9 @@ class Membership:
             yield from self._rumor(rumor, sender, now)
         addresses = peer.addresses if new else (peer.addresses[:1] if peer.addresses else ())
         for address in addresses[: self.config.addresses_welcomed_max]:
-            yield Send(to=sender, address=address, message=self._welcome(peer, hello.dialed))
+            yield Send(to=sender, address=address, message=self._welcome(peer, hello))
         if not new and peer.address not in addresses:
-            yield self._send(peer, self._welcome(peer, hello.dialed))
+            yield self._send(peer, self._welcome(peer, hello))
 
     def _welcomed(self, sender: NodeId, welcome: Welcome, now: float) -> Iterator[Effect]:
         if self._refusal(sender, welcome.who) is not None:
@@ -816,8 +817,10 @@ class Membership:
             hello = Hello(who=self._introduction(), dialed=address, rumors=(rumor,))
             yield Send(to=peer.id, address=address, message=hello)
 
-    def _welcome(self, asker: Peer, dialed: Address) -> Welcome:
-        others = [p for p in self._peers.values() if p is not asker and _worth_telling(p)]
+    def _welcome(self, asker: Peer, hello: Hello) -> Welcome:
+        others: list[Peer] = []
+        if hello.wants_peers:
+            others = [p for p in self._living.values() if p is not asker and _worth_telling(p)]
         if len(others) > PEERS_PER_WELCOME_MAX:
             others = self._rng.sample(others, PEERS_PER_WELCOME_MAX)
         hints = tuple(
@@ -830,7 +833,7 @@ class Membership:
             )
             for p in others
         )
-        return Welcome(who=self._introduction(), dialed=dialed, peers=hints)
+        return Welcome(who=self._introduction(), dialed=hello.dialed, peers=hints)
 
     def _introduction(self) -> Introduction:
         return Introduction(

@@ -96,10 +96,12 @@ class Gossip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """The first word to an address. ``dialed`` comes back in the answer."""
+    """The first word to an address. ``dialed`` comes back in the answer; ``wants_peers`` asks to be told of
+    others too (where many are met at once, one of them suffices)."""
 
     who: Introduction
     dialed: Address
+    wants_peers: bool = False
     rumors: tuple[Rumor, ...] = ()
 
 

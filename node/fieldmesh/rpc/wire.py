@@ -96,7 +96,12 @@ def to_proto(sender: NodeId, message: ControlMessage) -> pb.ControlRequest:
         case Heartbeat():
             return pb.ControlRequest(sender=sender, heartbeat=_heartbeat_to_proto(message))
         case Hello(who=who, dialed=dialed, rumors=rumors):
-            hello = pb.Hello(who=_who_to_proto(who), dialed=_address_to_proto(dialed), rumors=_rumors(rumors))
+            hello = pb.Hello(
+                who=_who_to_proto(who),
+                dialed=_address_to_proto(dialed),
+                rumors=_rumors(rumors),
+                wants_peers=message.wants_peers,
+            )
             return pb.ControlRequest(sender=sender, hello=hello)
         case Welcome(who=who, dialed=dialed, peers=peers):
             hints = map(_hint_to_proto, peers)
@@ -188,7 +193,9 @@ def _heartbeat(beat: pb.Heartbeat) -> Heartbeat:
 def _hello(hello: pb.Hello) -> Hello:
     _bounded(hello.rumors, RUMORS_PER_MESSAGE_MAX, "rumors")
     rumors = tuple(map(_rumor, hello.rumors))
-    return Hello(who=_who(hello.who), dialed=_address(hello.dialed), rumors=rumors)
+    return Hello(
+        who=_who(hello.who), dialed=_address(hello.dialed), rumors=rumors, wants_peers=hello.wants_peers
+    )
 
 
 def _welcome(welcome: pb.Welcome) -> Welcome:

@@ -618,6 +618,9 @@ class Hello(_message.Message):
     WHO_FIELD_NUMBER: _builtins.int
     DIALED_FIELD_NUMBER: _builtins.int
     RUMORS_FIELD_NUMBER: _builtins.int
+    WANTS_PEERS_FIELD_NUMBER: _builtins.int
+    wants_peers: _builtins.bool
+    """Whether the answer should name other members."""
     @_builtins.property
     def who(self) -> Global___Introduction:
         """Who speaks."""
@@ -636,10 +639,11 @@ class Hello(_message.Message):
         who: Global___Introduction | None = ...,
         dialed: Global___Address | None = ...,
         rumors: _abc.Iterable[Global___Rumor] | None = ...,
+        wants_peers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "who", b"who"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "rumors", b"rumors", "who", b"who"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dialed", b"dialed", "rumors", b"rumors", "wants_peers", b"wants_peers", "who", b"who"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
