@@ -410,6 +410,28 @@ class TestLocalMisuse:
 class TestFoundingAndRecovery:
     """A log is founded once, and can go on from a lone survivor under another epoch."""
 
+    def test_fresh_nodes_never_found_a_log_among_themselves(self) -> None:
+        bench = Bench("", fresh="xyz")
+        bench.pass_time(30.0)
+        assert {(node.role, node.term) for node in bench.nodes.values()} == {(Role.FOLLOWER, 0)}
+
+    def test_two_logs_that_meet_stay_two(self) -> None:
+        """Founded in two halves: each goes on, and refuses the other by name."""
+        bench = Bench("ab")
+        bench.stores = {"a": founded(A, "one"), "b": founded(B, "two")}
+        for name in "ab":
+            bench.boot(name)
+            bench.elect(name, "ab")
+        for name, other in (("a", B), ("b", A)):
+            bench.handle(name, AddLearner(node=other))
+        bench.pass_time(3.0)
+        assert [(n.hard.group, n.role) for n in bench.nodes.values()] == [
+            ("one", Role.LEADER),
+            ("two", Role.LEADER),
+        ]
+        refused = [note for note in of_kind(bench.effects["b"], Note) if note.event == "foreign_log"]
+        assert ("group", "one") in refused[0].fields
+
     def test_a_founder_is_the_only_voter(self) -> None:
         start = founded(A, "mesh-1")
         assert Members.decode(start.entries[0].data) == members("a")

@@ -295,6 +295,16 @@ class TestSnapshots:
         assert (again.applied, again.log.last_index) == (2, 3)
         assert bench.elect("a").role is Role.LEADER
 
+    def test_what_is_not_committed_does_not_make_compaction_due(self) -> None:
+        bench = Bench(config=RaftConfig(compact_bytes=500))
+        leader = bench.elect("a")
+        bench.handle("a", Propose(commands=(b"x" * 400, b"y" * 400)))
+        assert not leader.compaction_due
+        bench.settle()
+        assert leader.compaction_due
+        bench.handle("a", Compact(index=leader.applied, data=b"s"))
+        assert not leader.compaction_due
+
     def test_what_was_not_applied_cannot_be_compacted(self) -> None:
         bench = Bench("a")
         bench.elect("a")

@@ -153,10 +153,10 @@ class Raft:
     @property
     def compaction_due(self) -> bool:
         """Whether the applied part of the log has outgrown its limits: hand in a Compact."""
-        grown = self.applied - self.log.snapshot.index
-        return grown >= self.config.compact_entries or (
-            grown > 0 and self.log.bytes >= self.config.compact_bytes
-        )
+        grown, limit = self.applied - self.log.snapshot.index, self.config.compact_bytes
+        if grown >= self.config.compact_entries:
+            return True
+        return grown > 0 and self.log.bytes >= limit and self.log.bytes - self.log.uncommitted_bytes >= limit
 
     @property
     def common_version(self) -> int:
