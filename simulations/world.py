@@ -372,7 +372,8 @@ class World:
     def _delayed_until(self, host: Host) -> float:
         if host.frozen_until > self.time:
             return host.frozen_until
-        idle = host.busy_until <= self.time
+        # What waited for the end of a stall is done in one go: only a later event may meet the next stall.
+        idle = host.busy_until < self.time
         if idle and host.late_probability and self.random.random() < host.late_probability:
             host.busy_until = self.time + self.random.uniform(0.0, host.late_s_max)
         return host.busy_until

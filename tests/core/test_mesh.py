@@ -86,6 +86,21 @@ def test_the_view_is_one_object_until_something_changes_and_then_of_a_higher_rev
     assert mesh.view.revision > before.revision
 
 
+@pytest.mark.parametrize(("probability", "seconds_max"), [(0.3, 0.4), (0.5, 0.5)])
+def test_ten_minutes_of_loops_that_are_late_by_hundreds_of_ms_accuse_nobody(
+    probability: float, seconds_max: float
+) -> None:
+    made = world(3)
+    made.run(2.0)
+    for label in made.hosts:
+        made.make_late(label, probability, seconds_max)
+    made.run(600.0)
+    assert set(made.notes) <= {"peer_alive"}
+    made.crash("n2", power=True)
+    made.run(604.0)
+    assert [m.state for m in mesh_of(made, "n0").view.members if m.name == "n2"] != [NodeState.ALIVE]
+
+
 def test_a_new_offer_reaches_everybody_within_a_second() -> None:
     made = world(3)
     made.run(3.0)

@@ -285,6 +285,8 @@ class Membership:
             self._late_now = 0.0
             return
         self._late_now = now - self._due
+        if self._late_now > self.config.late_s:  # that they missed our beats is our own doing
+            self._deaf_believed_from = max(self._deaf_believed_from, now + self.config.beat_s)
         if self._late_now <= self.config.frozen_s:
             return
         self.counts["frozen"] += 1
