@@ -256,6 +256,10 @@ class Trial:
             self._later("start", lambda label=label: self._start(label))  # type: ignore[misc]
 
     def _sides(self) -> tuple[list[str], list[str]]:
+        """Two halves of any size; often the leader alone, who does not know yet that another may lead."""
+        leader = self.cluster.leader
+        if leader is not None and self.random.random() < 0.4:
+            return [leader], [label for label in self.cluster.labels if label != leader]
         labels = self.random.sample(self.cluster.labels, len(self.cluster.labels))
         middle = self.random.randint(1, max(1, len(labels) - 1))
         return labels[:middle], labels[middle:]

@@ -82,6 +82,8 @@ class Clients:
             return
         client.attempts = 0
         client.command = client.operation = None
+        if self.random.random() < 0.15:
+            client.target = self.random.choice(self.cluster.labels)
         if client.session == 0:
             client.command = settings.Command(kind=settings.Kind.OPEN_SESSION)
         else:
@@ -120,6 +122,8 @@ class Clients:
 
     def _ask(self, client: Client) -> None:
         """Send the request to the node that is believed to lead; hear nothing for a while, ask another."""
+        if not self.running:
+            return
         client.attempts += 1
         request = client.request = next(self._requests)
         self._waiting[request] = (client, self.cluster.oracle.last_committed)
