@@ -230,7 +230,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="leads on without a majority",
         target="raft:Raft._tick",
-        old="self._now - leadership.quorum_contact(self._now) >= self.config.election_timeout_s",
+        old="self._now >= self._office_ends(leadership)",
         new="False",
         scenario="raft_clocks",
         test="test_raft_election:TestCheckQuorum.test_a_leader_without_a_majority_steps_down",

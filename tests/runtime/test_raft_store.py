@@ -10,15 +10,29 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fieldmesh.core.consensus import Consensus, Submit
 from fieldmesh.core.errors import FieldmeshError, StateFolderInUse, StateFolderInvalid, StateUnwritable
+from fieldmesh.core.events import Tick
 from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_members import founded
-from fieldmesh.core.raft_model import Entry, EntryKind, HardState, Members, Save, Snapshot, Stored
+from fieldmesh.core.raft_model import (
+    Entry,
+    EntryKind,
+    HardState,
+    Members,
+    RaftConfig,
+    Save,
+    Saved,
+    Snapshot,
+    Stored,
+)
+from fieldmesh.core.settings import Command, Kind
 from fieldmesh.runtime.raft_store import RaftStore, restore
 
 ME = NodeId("a" * 32)
@@ -286,6 +300,33 @@ class TestFoundingAndCopies:
         with pytest.raises(StateFolderInvalid, match="holds no log"):
             restore(tmp_path / "empty", path, ME)
         assert not path.exists()
+
+
+def test_a_machine_goes_on_from_what_the_store_kept(path: Path) -> None:
+    """The machine over the real store: compactions included, a restart finds the same state."""
+    store = RaftStore.open(path, ME)
+    store.found(founded(ME, "mesh"))
+    config = RaftConfig(compact_entries=20, trailing_entries_max=5)
+
+    def drive(machine: Consensus, event: Any, now: float) -> None:
+        pending = list(machine.handle(event, now))
+        while pending:
+            effect = pending.pop(0)
+            if isinstance(effect, Save):
+                store.save(effect)
+                pending += machine.handle(Saved(sequence=effect.sequence), now)
+
+    machine = Consensus(ME, config, store.load(), random.Random(1), 0.0)
+    drive(machine, Tick(), 10.0)
+    for number in range(100):
+        command = Command(kind=Kind.OPEN_SESSION)
+        drive(machine, Submit(requests=((number, command),), time_ms=number), 10.0)
+    again = Consensus(ME, config, store.load(), random.Random(2), 10.0)
+    assert store.load().snapshot.index > 80
+    drive(again, Tick(), 20.0)
+    assert again.state == machine.state
+    assert len(again.state.sessions) == 100
+    store.close()
 
 
 WRITER = """

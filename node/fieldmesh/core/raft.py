@@ -120,6 +120,7 @@ class Raft:
         self._rng = rng
         self._now = now
         self._votes: set[NodeId] = set()
+        self._foreign: tuple[NodeId, str, int] | None = None
         self._heard = float("-inf")
         self._election_due = now + self._election_timeout()
         self._hard_changed = False
@@ -145,7 +146,7 @@ class Raft:
         if self.leadership is not None:
             return min(
                 self.leadership.heartbeat_due,
-                self.leadership.quorum_contact(self._now) + self.config.election_timeout_s,
+                self._office_ends(self.leadership),
                 self.leadership.handover.until if self.leadership.handover else float("inf"),
             )
         return self._election_due if self.electable else None
@@ -263,13 +264,17 @@ class Raft:
     def _election_timeout(self) -> float:
         return self.config.election_timeout_s * (1.0 + self._rng.random())
 
+    def _office_ends(self, leadership: Leadership) -> float:
+        """When a leader steps down unless a majority is heard from before (§6.2)."""
+        return leadership.quorum_contact(self._now) + self.config.election_timeout_s
+
     def _tick(self) -> None:
         leadership = self.leadership
         if leadership is None:
             if self.electable and self._now >= self._election_due:
                 self._ask_around()
             return
-        if self._now - leadership.quorum_contact(self._now) >= self.config.election_timeout_s:
+        if self._now >= self._office_ends(leadership):
             self._effects.append(Note(event="leader_without_quorum", fields=(("term", self.term),)))
             self._follow(self.term, None)
             return
@@ -376,11 +381,18 @@ class Raft:
         if (message.group, message.epoch) == (hard.group, hard.epoch):
             return hard.group != ""
         if hard.group or not message.group or not isinstance(message.body, Append | Chunk):
-            note = (("sender", sender), ("group", message.group), ("epoch", message.epoch))
-            self._effects.append(Note(event="foreign_log", fields=note))
+            self._note_foreign(sender, message)
             return False
         self._set_hard(group=message.group, epoch=message.epoch)
         return True
+
+    def _note_foreign(self, sender: NodeId, message: Message) -> None:
+        """Say once, not once a message, that somebody speaks about another log."""
+        foreign = (sender, message.group, message.epoch)
+        if self.hard.group and foreign != self._foreign:
+            self._foreign = foreign
+            fields = (("sender", sender), ("group", message.group), ("epoch", message.epoch))
+            self._effects.append(Note(event="foreign_log", fields=fields))
 
     def _answer_stale(self, sender: NodeId, body: Body) -> None:
         """A message of an older term: its sender must learn the newer one, or it asks for ever."""

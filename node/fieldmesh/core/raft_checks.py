@@ -11,7 +11,7 @@ from fieldmesh.core.raft_model import Append, Chunk, EntryKind, Members, Message
 def plausible(message: Message, config: RaftConfig) -> bool:
     """Whether a correct member with these limits could have sent this."""
     body = message.body
-    if message.term < 1:
+    if message.term < 1 or not message.group:
         return False
     if isinstance(body, Append):
         return _plausible_append(body, message.term, config)
