@@ -8,11 +8,17 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fieldmesh.core import settings
+from fieldmesh.core.consensus import Answered, Submit
+from fieldmesh.core.raft_model import RaftConfig, Read, ReadFailed
 from simulations.linearizability import Kind, Operation, first_violation
 from simulations.raft import SCENARIOS, Scenario, Trial, load, run, scenarios
+from simulations.raft_cluster import Cluster
+from simulations.world import Link
 
 SEEDS = range(3)
 ROOT = Path(__file__).parents[2]
@@ -107,3 +113,81 @@ def test_an_unknown_fault_is_refused(tmp_path: Path) -> None:
     path.write_text("founders = 3\n[faults]\nearthquake = 1.0\n")
     with pytest.raises(TypeError, match="earthquake"):
         load(path)
+
+
+class TestStories:
+    """Single faults whose outcome is known."""
+
+    def cluster(self, founders: int) -> tuple[Cluster, str, list[str]]:
+        """A cluster at rest, its leader, and the others."""
+        cluster = Cluster(7, founders=founders, spares=0, config=RaftConfig(), link=Link())
+        for label in cluster.labels:
+            cluster.world.start(label)
+        cluster.world.run(5.0)
+        leader = cluster.leader
+        assert leader is not None
+        return cluster, leader, [label for label in cluster.labels if label != leader]
+
+    def term(self, cluster: Cluster) -> int:
+        return max(node.consensus.raft.term for label in cluster.labels if (node := cluster.node(label)))
+
+    def submit(self, cluster: Cluster, label: str) -> None:
+        command = settings.Command(kind=settings.Kind.OPEN_SESSION)
+        cluster.world.post(label, Submit(requests=((1, command),), time_ms=1))
+
+    def test_a_partial_partition_causes_no_churn(self) -> None:
+        """One follower cannot reach the leader, and both reach everyone else."""
+        cluster, leader, others = self.cluster(5)
+        term = self.term(cluster)
+        cluster.world.cut([leader], [others[0]])
+        cluster.world.cut([others[1]], [others[2]])
+        cluster.world.run(65.0)
+        assert (cluster.leader, self.term(cluster)) == (leader, term)
+
+    def test_a_one_way_cut_causes_no_churn(self) -> None:
+        """A follower that does not hear the leader, and reaches everybody, asks for votes all the time."""
+        cluster, leader, others = self.cluster(3)
+        term = self.term(cluster)
+        cluster.world.cut([leader], [others[0]], both=False)
+        cluster.world.run(65.0)
+        assert (cluster.leader, self.term(cluster)) == (leader, term)
+
+    def test_half_of_four_commits_nothing(self) -> None:
+        cluster, leader, others = self.cluster(4)
+        committed = cluster.oracle.last_committed
+        cluster.world.cut([leader, others[0]], others[1:])
+        for label in cluster.labels:
+            self.submit(cluster, label)
+        cluster.world.run(25.0)
+        assert cluster.oracle.last_committed == committed
+        cluster.world.heal()
+        cluster.world.run(35.0)
+        assert cluster.leader is not None
+
+    def test_a_leader_whose_clock_stands_still_answers_no_read_from_the_past(self) -> None:
+        """Cut off, it believes to lead for ever; what others commit meanwhile must not be missing."""
+        cluster, leader, others = self.cluster(3)
+        answers: list[Any] = []
+        cluster.answers = lambda label, effect: answers.append((label, effect))
+        host = cluster.world.hosts[leader]
+        host.clock_offset_s, host.clock_rate = host.local(cluster.world.time), 1e-9
+        cluster.world.cut([leader], others)
+        cluster.world.run(10.0)
+        successor = next(n for n in others if (node := cluster.node(n)) and node.consensus.raft.leadership)
+        self.submit(cluster, successor)
+        cluster.world.run(12.0)
+        assert [type(effect) for label, effect in answers if label == successor] == [Answered]
+        cluster.world.post(leader, Read(id=9))
+        cluster.world.run(14.0)
+        assert [effect for label, effect in answers if label == leader] == []
+        cluster.world.heal()
+        host.clock_rate = 1.0
+        self.submit(cluster, leader)
+        cluster.world.run(20.0)
+        assert ReadFailed(id=9) in [effect for label, effect in answers if label == leader]
+
+    def test_a_dead_leader_is_replaced_within_three_timeouts(self) -> None:
+        cluster, leader, _ = self.cluster(3)
+        cluster.world.crash(leader)
+        cluster.world.run(5.0 + 3 * cluster.config.election_timeout_s)
+        assert cluster.leader not in (None, leader)

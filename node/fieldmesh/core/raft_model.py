@@ -444,7 +444,7 @@ class RaftConfig:
     reads_max: int = 4096
     chunk_bytes_max: int = 256 * 1024
     snapshot_bytes_max: int = 32 * 1024 * 1024
-    compact_entries: int = 10_000
+    compact_entries: int = 4_096
     compact_bytes: int = 4 * 1024 * 1024
     trailing_entries_max: int = 1_000
     catch_up_entries_max: int = 64
