@@ -78,6 +78,14 @@ def test_commands_of_one_submit_share_a_save() -> None:
     assert [answer.request for answer in of(effects, Answered)] == list(range(20))
 
 
+def test_a_command_that_no_entry_can_hold_is_refused_and_the_others_are_done() -> None:
+    changes = tuple(settings.Change(key=f"app/k{n}", value="x" * 60_000) for n in range(6))
+    large = settings.Command(kind=settings.Kind.WRITE, session=1, sequence=1, changes=changes)
+    effects = perform(alone(), Submit(requests=((7, large), (8, OPEN)), time_ms=5), 11.0)
+    assert of(effects, NotDone) == [NotDone(request=7, reason=Refusal.TOO_LARGE, leader=A)]
+    assert [answer.request for answer in of(effects, Answered)] == [8]
+
+
 def test_a_command_carries_the_time_of_its_leader() -> None:
     machine = alone()
     perform(machine, Submit(requests=((7, OPEN),), time_ms=12345), 11.0)

@@ -104,16 +104,21 @@ class Consensus:
         refusal = self._refusal_of(event)
         if refusal is not None:
             return [self._not_done(request, refusal) for request, _ in event.requests]
-        commands = tuple(
-            settings.encode(replace(command, time_ms=event.time_ms)) for _, command in event.requests
-        )
         effects: list[ConsensusEffect] = []
-        for effect in self.raft.handle(Propose(commands=commands), now):
+        requests, commands = list[int](), list[bytes]()
+        for request, command in event.requests:
+            data = settings.encode(replace(command, time_ms=event.time_ms))
+            if len(data) > self.raft.config.entry_bytes_max:
+                effects.append(self._not_done(request, Refusal.TOO_LARGE))
+                continue
+            requests.append(request)
+            commands.append(data)
+        for effect in self.raft.handle(Propose(commands=tuple(commands)), now) if commands else ():
             if isinstance(effect, Proposed):
-                for position, (request, _) in enumerate(event.requests):
+                for position, request in enumerate(requests):
                     self._waiting[effect.first_index + position] = (effect.term, request)
             elif isinstance(effect, Refused):
-                effects += [self._not_done(request, effect.reason) for request, _ in event.requests]
+                effects += [self._not_done(request, effect.reason) for request in requests]
             else:
                 effects.append(effect)
         return effects

@@ -347,6 +347,7 @@ class Refusal(Enum):
     NOT_LEADER = "not_leader"
     TRANSFERRING = "transferring"
     BUSY = "busy"
+    TOO_LARGE = "too_large"
     VERSION_UNKNOWN = "version_unknown"
     TERM_NOT_COMMITTED = "term_not_committed"
     CHANGE_PENDING = "change_pending"
