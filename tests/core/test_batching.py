@@ -396,12 +396,12 @@ def test_an_interactive_request_does_not_wait_for_a_batch_ones_prefix() -> None:
     assert "interactive" in {s.id for s in drive.step().slices}
 
 
-def test_the_last_token_of_a_known_prompt_is_computed_again() -> None:
+def test_the_last_tokens_of_a_known_prompt_are_computed_again() -> None:
     drive = Drive()
     drive.submit(work("a", prompt=50))
     drive.run()
     drive.submit(work("b", prompt=50))
-    assert drive.step().tokens == 1
+    assert drive.step().tokens == 2
 
 
 def test_a_short_common_prefix_is_not_worth_it() -> None:
@@ -429,7 +429,7 @@ def test_new_work_overwrites_the_prefix_used_least_recently() -> None:
     drive.submit(work("new", prompt=20, first=9000))
     drive.run()
     drive.submit(*(work(f"again{i}", prompt=20, first=1000 * i) for i in range(CONFIG.slots)))
-    assert sorted(p.keep_tokens for p in drive.step().places) == [0, 19, 19, 19]
+    assert sorted(p.keep_tokens for p in drive.step().places) == [0, 18, 18, 18]
 
 
 def test_resident_prefixes_give_way_when_cells_are_needed() -> None:
@@ -649,3 +649,14 @@ def test_nothing_starves_while_interactive_requests_keep_coming(works) -> None: 
     else:
         raise AssertionError("starved")
     assert drive.now < 40.0
+
+
+def test_no_token_of_a_prompt_is_computed_alone() -> None:
+    for prompt in range(2, 140):
+        drive = Drive()
+        drive.submit(work("running", prompt=2, tokens_max=100))
+        drive.step()
+        drive.submit(work("long", prompt=prompt, first=1000))
+        while not (sliced := [s for s in drive.step().slices if s.id == "long"])[0].sample:
+            assert len(sliced[0].token_ids) >= 2, prompt
+        assert len(sliced[0].token_ids) >= 2, prompt

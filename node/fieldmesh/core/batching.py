@@ -36,7 +36,16 @@ from dataclasses import dataclass, field
 from fieldmesh.core.errors import InvalidRequest, PromptTooLong, QueueFull
 from fieldmesh.core.model import EngineState, FinishReason, Load, Priority, Usage
 from fieldmesh.core.pace import Pace
-from fieldmesh.core.steps import BatcherConfig, Output, Place, Sampled, Slice, StepPlan, Work
+from fieldmesh.core.steps import (
+    SLICE_TOKENS_MIN,
+    BatcherConfig,
+    Output,
+    Place,
+    Sampled,
+    Slice,
+    StepPlan,
+    Work,
+)
 
 ADMISSION_LOOKAHEAD = 16
 """How many waiting requests are looked at for one that need not stand aside: bounds the work of a plan."""
@@ -272,15 +281,15 @@ class Batcher:
         return -beside, bool(self._slots[index].resident), self._slots[index].freed_order
 
     def _longest_resident(self, known: list[int]) -> tuple[int, int]:
-        """The slot sharing the longest prefix with ``known``, and its length (the last token is always
-        computed again: its logits are needed). Ties prefer a slot that is free."""
+        """The slot sharing the longest prefix with ``known``, and its length (the last tokens are always
+        computed again: their logits are needed, and none is computed alone). Ties prefer a free slot."""
         if not self.config.reuse_prefixes:
             return -1, 0
         source, keep = max(
             ((i, common_prefix_length(s.resident, known)) for i, s in enumerate(self._slots)),
             key=lambda found: (found[1], self._slots[found[0]].sequence is None, -found[0]),
         )
-        keep = min(keep, len(known) - 1)
+        keep = min(keep, len(known) - SLICE_TOKENS_MIN)
         return (source, keep) if keep >= self.config.reuse_tokens_min else (-1, 0)
 
     def _share(self, now: float) -> tuple[Slice, ...]:
@@ -294,7 +303,7 @@ class Batcher:
         slices = [self._slice(s, 1) for s in decoding]
         left = (self.config.mixed_tokens if decoding else self.config.prefill_tokens) - len(slices)
         for sequence in prefilling:
-            if left <= 0:
+            if left < SLICE_TOKENS_MIN:
                 break
             slices.append(self._slice(sequence, left))
             left -= len(slices[-1].token_ids)
@@ -305,10 +314,13 @@ class Batcher:
         arithmetic, and so the continuation, equal to what it would have been without the interruption."""
         start, prompt = sequence.computed, len(sequence.work.prompt_token_ids)
         if start < prompt:
-            tokens_max = min(tokens_max, prompt - start)
+            whole = prompt - start
         else:
-            tokens_max = min(tokens_max, self.config.resume_chunk_tokens)
-        end = min(len(sequence.tokens), start + tokens_max)
+            whole, tokens_max = len(sequence.tokens) - start, min(tokens_max, self.config.resume_chunk_tokens)
+        count = min(tokens_max, whole)
+        if whole - count == SLICE_TOKENS_MIN - 1:
+            count = whole
+        end = start + count
         return Slice(
             id=sequence.work.id,
             slot=sequence.slot,

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from fieldmesh.core.errors import ConfigError
 from fieldmesh.core.model import FinishReason, Priority, Usage
 
+SLICE_TOKENS_MIN = 2
+"""A token that is computed alone takes another path through a matrix library than one among others, and its
+last bits differ. A prompt's tokens never go alone, so that an answer does not depend on how it was cut."""
+SLICE_OVERSHOOT_TOKENS_MAX = 1
+"""What a slice may exceed its share by, rather than leave one token alone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatcherConfig:

@@ -16,14 +16,17 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Sampling
-from fieldmesh.core.steps import Place, Slice
+from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, Place, Slice
 from fieldmesh.engine.settings import EngineSettings
+
+Logits: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 LOG_LINES_MAX = 20
 PENALTY_WINDOW_TOKENS = 1024
@@ -53,8 +56,12 @@ class LlamaModel:
         self._check(settings)
         self._context = _new_context(self._model, settings)
         self._memory = lib.llama_get_memory(self._context)
-        self._rows_max = max(settings.prefill_tokens, settings.mixed_tokens)
-        self._batch = lib.llama_batch_init(self._rows_max, 0, 1)
+        self._batch = lib.llama_batch_init(_rows_max(settings), 0, 1)
+        self._logits = np.empty((settings.slots, self.vocabulary_tokens), dtype=np.float32)
+        self._token_ids = np.arange(self.vocabulary_tokens, dtype=np.int32)
+        self._candidates = np.empty(
+            self.vocabulary_tokens, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)]
+        )
         self._pieces: dict[int, bytes] = {}
         self._ends = frozenset(
             t for t in range(self.vocabulary_tokens) if lib.llama_vocab_is_eog(self._vocab, t)
@@ -145,7 +152,24 @@ class LlamaModel:
                 raise Internal(f"the KV cache could not be cut at {place.keep_tokens} tokens")
 
     def run(self, slices: Sequence[Slice]) -> dict[str, int]:
-        """Compute one step. Returns the row of the logits of every slice that samples, by id."""
+        """Compute one step. Returns the row of the logits of every slice that samples, by id.
+
+        All single tokens go through the library at once, each longer slice by itself. In one batch the
+        library would peel a token off every slice to go along with the single ones, and a token alone
+        takes another path through its matrix code than one among others: what an answer says would then
+        depend on who else was there.
+        """
+        singles = [piece for piece in slices if len(piece.token_ids) == 1]
+        others = [[piece] for piece in slices if len(piece.token_ids) > 1]
+        rows: dict[str, int] = {}
+        for group in ([singles] if singles else []) + others:
+            for identity, batch_row in self._decode(group).items():
+                rows[identity] = len(rows)
+                self._logits[rows[identity]] = self._computed_logits(batch_row)
+        return rows
+
+    def _decode(self, slices: Sequence[Slice]) -> dict[str, int]:
+        """One pass of the library; the batch's row of every slice that samples."""
         batch, row, rows = self._batch, 0, {}
         for piece in sorted(slices, key=lambda s: s.slot):
             for offset, token in enumerate(piece.token_ids):
@@ -164,16 +188,35 @@ class LlamaModel:
             raise Internal(f"llama_decode returned {code} for {row} tokens: {'; '.join(_log_lines)}")
         return rows
 
+    def _computed_logits(self, batch_row: int) -> Logits:
+        """A view of the library's own memory, which its next pass overwrites."""
+        pointer = lib.llama_get_logits_ith(self._context, batch_row)
+        logits: Logits = np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
+        return logits
+
     def sampler(
         self, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]
     ) -> Sampler:
         """A sampler that continues after ``resumed`` tokens. The caller closes it."""
         return Sampler(self, sampling, seed, resumed, prompt)
 
-    def logits(self, row: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """The logits of one row of the last step: a view that the next step overwrites."""
-        pointer = lib.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
+    def logits(self, row: int) -> Logits:
+        """The logits of one row of the last step; the next step overwrites them."""
+        logits: Logits = self._logits[row]
+        return logits
+
+    def choose(self, chain: lib.llama_sampler_p, row: int) -> int:
+        """The token that a chain of samplers draws from one row, accepted by the chain."""
+        candidates = self._candidates
+        candidates["id"] = self._token_ids
+        candidates["logit"] = self._logits[row]
+        candidates["p"] = 0.0
+        data = candidates.ctypes.data_as(ctypes.POINTER(lib.llama_token_data))
+        array = lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+        lib.llama_sampler_apply(chain, ctypes.byref(array))
+        token = int(candidates["id"][array.selected])
+        lib.llama_sampler_accept(chain, token)
+        return token
 
     def close(self) -> None:
         """Free everything."""
@@ -246,7 +289,7 @@ class Sampler:
             else lib.llama_sampler_init_greedy()
         )
         lib.llama_sampler_chain_add(self._chain, last)
-        token = int(lib.llama_sampler_sample(self._chain, model._context, row))
+        token = model.choose(self._chain, row)
         count = lib.llama_sampler_chain_n(self._chain)
         lib.llama_sampler_free(lib.llama_sampler_chain_remove(self._chain, count - 1))
         return token
@@ -285,11 +328,16 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
     return model
 
 
+def _rows_max(settings: EngineSettings) -> int:
+    """Tokens of the largest slice, or of all single tokens of a step."""
+    return max(settings.prefill_tokens, settings.mixed_tokens) + SLICE_OVERSHOOT_TOKENS_MAX
+
+
 def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llama_context_p:
     params = lib.llama_context_default_params()
     params.n_ctx = settings.context_tokens * settings.slots
     params.n_seq_max = settings.slots
-    params.n_batch = params.n_ubatch = max(settings.prefill_tokens, settings.mixed_tokens)
+    params.n_batch = params.n_ubatch = _rows_max(settings)
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type = int(settings.flash_attention)
     params.kv_unified = False

@@ -1,0 +1,121 @@
+"""Greedy answers do not depend on who else is there.
+
+Goal: the logits behind every token are bit-identical in a crowd and alone, with prefixes computed and reused.
+Method: the engine's loop over the real model in this process; requests join a running batch at random steps,
+and every row that is drawn from is compared with that of a quiet run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from random import Random
+
+import numpy as np
+import pytest
+
+from fieldmesh.core.model import Message, Prompt, Sampling
+from fieldmesh.engine.frames import Submit
+from fieldmesh.engine.llama import LlamaModel, Sampler
+from fieldmesh.engine.loop import EngineLoop
+from fieldmesh.engine.port import Job
+from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.profiles import builtin_model
+
+QUESTIONS = (
+    "How do I reverse a list in Python?",
+    "How should I clean a small cut?",
+    "What are the signs of dehydration?",
+    "Write a short note to thank a colleague",
+    "Tell me about the city of Lisbon",
+)
+TOKENS = 24
+SYSTEM_PROMPT = "You are a careful helper. Answer in full sentences, and say so where you are not sure."
+
+
+class Recorded:
+    """A sampler that keeps the logits it draws from."""
+
+    def __init__(self, inner: Sampler, model: LlamaModel, rows: list[bytes]) -> None:
+        self._inner, self._model, self._rows = inner, model, rows
+
+    def draw(self, row: int, index: int) -> int:
+        self._rows.append(self._model.logits(row).tobytes())
+        return self._inner.draw(row, index)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class Bench:
+    """The loop, stepped by hand."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.model = LlamaModel(settings, lambda _: None)
+        self._rows: dict[int, list[bytes]] = {}
+        self._keys = itertools.count(1)
+        self._clock = itertools.count()
+        self._coming = 0
+        plain = self.model.sampler
+
+        def sampler(sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]) -> Recorded:
+            return Recorded(plain(sampling, seed, resumed, prompt), self.model, self._rows[self._coming])
+
+        self.model.sampler = sampler  # type: ignore[method-assign, assignment]
+        self.loop = EngineLoop(settings, self.model, lambda: 1)
+
+    def ask(self, question: str) -> list[bytes]:
+        """Submit a question; the list fills with the logits of its tokens."""
+        self._coming = next(self._keys)
+        self._rows[self._coming] = []
+        prompt = Prompt(messages=(Message(role="user", content=question),))
+        sampling = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        job = Job(generation_id=str(self._coming), prompt=prompt, sampling=sampling)
+        self.loop.handle(Submit(self._coming, job, None), next(self._clock))
+        return self._rows[self._coming]
+
+    def step(self) -> bool:
+        plan, _ = self.loop.plan(next(self._clock))
+        if plan.slices:
+            self.loop.run(plan, lambda: next(self._clock))
+        return bool(plan.slices)
+
+
+@pytest.fixture(params=[True, False], ids=["reused", "computed"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    settings = EngineSettings(
+        model_path=str(builtin_model()),
+        slots=4,
+        context_tokens=512,
+        system_prompt=SYSTEM_PROMPT,
+        reuse_prefixes=request.param,
+    )
+    made = Bench(settings)
+    yield made
+    made.model.close()
+
+
+@pytest.mark.engine
+def test_an_answer_in_a_crowd_is_bit_identical_to_the_same_answer_alone(bench: Bench) -> None:
+    quiet: dict[str, list[bytes]] = {}
+    for question in QUESTIONS:
+        quiet[question] = bench.ask(question)
+        while bench.step():
+            pass
+    rng = Random(3)
+    asked: list[tuple[str, list[bytes]]] = []
+    due = sorted((rng.randrange(60), rng.choice(QUESTIONS)) for _ in range(10))
+    for now in itertools.count():
+        while due and due[0][0] <= now:
+            question = due.pop(0)[1]
+            asked.append((question, bench.ask(question)))
+        if not bench.step() and not due:
+            break
+    assert all(len(rows) == TOKENS for _, rows in asked)
+    different = [
+        (question, next(i for i, (a, b) in enumerate(zip(rows, quiet[question], strict=True)) if a != b))
+        for question, rows in asked
+        if rows != quiet[question]
+    ]
+    assert different == []
+    assert np.isfinite(np.frombuffer(asked[0][1][0], dtype=np.float32)).any()
