@@ -139,16 +139,20 @@ class EngineSlice:
         Between(0, 1_048_576, "tokens"),
         "Tokens that prompt and answer may have together; 0: the profile's",
     ] = 0
-    batch_tokens: Annotated[int, Between(32, 8192, "tokens"), "Tokens that one step may compute"] = 512
+    batch_tokens: Annotated[
+        int,
+        Between(32, 8192, "tokens"),
+        "Tokens of prompts that one step may compute while nobody is answered",
+    ] = 256
     prefill_chunk_tokens: Annotated[
-        int, Between(1, 8192, "tokens"), "Tokens of a prompt that one step may take while others are answered"
-    ] = 64
+        int, Between(1, 8192, "tokens"), "Tokens that one step may compute while others are answered"
+    ] = 48
     queue_max: Annotated[int, Between(0, 10_000), "Requests that may wait for a slot"] = 32
     slow_reader_timeout_s: Annotated[
         float, Between(0.1, 3600, "seconds"), "How long a stream whose reader has stopped is kept"
     ] = 30.0
-    slow_reader_chunks_max: Annotated[
-        int, Between(1, 100_000), "Chunks kept for a slow reader before its generation pauses"
+    slow_reader_tokens_max: Annotated[
+        int, Between(1, 100_000, "tokens"), "Tokens kept for a slow reader before its generation pauses"
     ] = 256
     restarts_max: Annotated[
         int, Between(0, 1000), "Restarts of a lost engine in ten minutes before it is given up"

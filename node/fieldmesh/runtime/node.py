@@ -66,6 +66,7 @@ CLIENT_CONNECTIONS_MAX = 4096
 SERVER_STOP_GRACE_S = 1.0
 ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
+PREFILL_SHARE_TOKENS_MIN = 16
 
 MakeEngine = Callable[[EngineSettings], EngineFront]
 """Protocol tests bring a fake engine; everything else has the real one."""
@@ -360,18 +361,20 @@ def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
     path = profiles.model_path(profile, config.node.model)
     read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
     engine = config.engine
+    slots = engine.slots or profile.slots
     settings = EngineSettings(
         model_path=str(path),
         model_name=path.stem,
         context_tokens=engine.context_tokens or profile.context_tokens,
-        slots=engine.slots or profile.slots,
+        slots=slots,
         threads=engine.threads or cpu_budget(),
         prefill_tokens=engine.batch_tokens,
-        mixed_tokens=engine.prefill_chunk_tokens,
+        # However many are being answered, a prompt that arrives must get a share of the step.
+        mixed_tokens=max(engine.prefill_chunk_tokens, slots + PREFILL_SHARE_TOKENS_MIN),
         queue_max=engine.queue_max,
         chat_template=profile.chat_template,
         system_prompt=profile.system_prompt,
-        stream_tokens_max=engine.slow_reader_chunks_max,
+        stream_tokens_max=engine.slow_reader_tokens_max,
         slow_reader_timeout_s=engine.slow_reader_timeout_s,
         crashes_max=engine.restarts_max + 1,
         crash_window_s=600.0,
