@@ -335,7 +335,9 @@ class Trial:
         members: Members = raft.log.members
         if self.wiped is not None and self.wiped not in self._committed_members():
             self.wiped = None
-        present = [NodeId(label) for label in self.cluster.labels if self.cluster.node(label)]
+        # Who is down will be back; while a disk is lost, nobody else is taken out for that.
+        lost = self.wiped is not None
+        present = [NodeId(label) for label in self.cluster.labels if lost or self.cluster.node(label)]
         stable = {node_id: self.random.random() for node_id in present if node_id != self.wiped}
         wanted = choose_voters(members, stable, target=self.wanted_voters, enough_s=0.0)
         caught_up = {learner for learner in members.learners if leadership.caught_up(learner, now)}

@@ -157,6 +157,20 @@ MUTANTS: tuple[Mutant, ...] = (
         test="test_raft_members:TestChanges.test_no_change_before_an_entry_of_the_term_is_committed",
     ),
     Mutant(
+        name="a removed voter is silent before that is committed",
+        target="raft:Raft.electable",
+        old="log.members_index > log.commit and",
+        new="False and",
+        test="test_raft_members:TestChanges.test_a_voter_that_its_own_log_removes_campaigns_until_that_is_committed",
+    ),
+    Mutant(
+        name="a change that can never be committed",
+        target="raft_leader:Leadership._could_commit",
+        old="return len(there) >= members.quorum",
+        new="return True",
+        test="test_raft_members:TestChanges.test_a_change_that_the_voters_who_are_there_could_not_commit_is_refused",
+    ),
+    Mutant(
         name="read before the term's first commit",
         target="raft_leader:Leadership._start_read_round",
         old="self.log.commit < self.first_index or not self._reads_waiting",

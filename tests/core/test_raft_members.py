@@ -102,6 +102,25 @@ class TestChanges:
         bench.pass_time(5.0, "bc")
         assert {bench.nodes[n].role for n in "bc"} == {Role.LEADER, Role.FOLLOWER}
 
+    def test_a_voter_that_its_own_log_removes_campaigns_until_that_is_committed(self) -> None:
+        """§4.2.2: a removes itself from two voters and falls; b lacks the entry, so only a can be elected."""
+        bench = Bench("ab")
+        leader = bench.elect("a")
+        bench.handle("a", Remove(node=A))
+        bench.wire.clear()
+        bench.pass_time(1.0, "a")
+        assert leader.role is Role.FOLLOWER
+        bench.pass_time(20.0)
+        assert bench.nodes["b"].log.members == members("b")
+        assert (bench.nodes["b"].role, leader.deadline) == (Role.LEADER, None)
+
+    def test_a_change_that_the_voters_who_are_there_could_not_commit_is_refused(self) -> None:
+        bench = Bench()
+        bench.elect("a")
+        bench.pass_time(2.0, "ab")
+        assert refusals(bench.handle("a", Remove(node=B))) == [Refusal.NO_MAJORITY_AFTERWARDS]
+        assert of_kind(bench.handle("a", Remove(node=C)), Proposed)
+
     @pytest.mark.parametrize(
         ("change", "reason"),
         [

@@ -137,8 +137,12 @@ class Raft:
 
     @property
     def electable(self) -> bool:
-        """Whether this node may campaign: it has a log, and the log says that it votes."""
-        return self.me in self.log.members.voters
+        """Whether this node may campaign: its log says that it votes, or did so before a change that is not
+        known to be committed. Its vote, or its leadership, may be what commits that change (§4.2.2)."""
+        log = self.log
+        return self.me in log.members.voters or (
+            log.members_index > log.commit and self.me in log.members_at(log.commit).voters
+        )
 
     @property
     def deadline(self) -> float | None:

@@ -84,6 +84,26 @@ class Leadership:
         if self.log.members_index > self.log.commit:
             return Refusal.CHANGE_PENDING
         members, node = self.log.members, change.node
+        refusal = self._refusal_by_members(change, members, node, now)
+        if refusal is None and not self._could_commit(changed(members, change), now):
+            return Refusal.NO_MAJORITY_AFTERWARDS
+        return refusal
+
+    def _could_commit(self, members: Members, now: float) -> bool:
+        """Whether a majority of these voters is there now. A change that removes a voter who is there while
+        others are not can never be committed, nor undone."""
+        there = [
+            v for v in members.voters if v == self.me or v not in self.progress or self._is_there(v, now)
+        ]
+        return len(there) >= members.quorum
+
+    def _is_there(self, node: NodeId, now: float) -> bool:
+        progress = self.progress[node]
+        return not progress.lost and now - progress.contact <= self.config.election_timeout_s
+
+    def _refusal_by_members(
+        self, change: Change, members: Members, node: NodeId, now: float
+    ) -> Refusal | None:
         match change:
             case AddLearner():
                 if node in members.all:
@@ -108,7 +128,7 @@ class Leadership:
             and progress.pace is Pace.REPLICATE
             and progress.match >= self.first_index
             and self.log.last_index - progress.match <= self.config.catch_up_entries_max
-            and now - progress.contact <= self.config.election_timeout_s
+            and self._is_there(node, now)
         )
 
     # --- what is committed ---

@@ -356,6 +356,7 @@ class Refusal(Enum):
     NOT_LEARNER = "not_learner"
     NOT_CAUGHT_UP = "not_caught_up"
     LAST_VOTER = "last_voter"
+    NO_MAJORITY_AFTERWARDS = "no_majority_afterwards"
     TOO_MANY_MEMBERS = "too_many_members"
 
 
