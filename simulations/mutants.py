@@ -71,8 +71,8 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="view-ignored-by-dispatch",
         target="dispatch:Dispatch._view_moved",
-        old="if state is None or state not in given_up:",
-        new="if True:",
+        old="member = self._candidate.member",
+        new="return []",
         scenario="requests",
     ),
     Mutant(

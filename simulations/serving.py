@@ -271,16 +271,16 @@ class Serving:
         effects: list[Any] = []
         view = self.mesh.view
         if view is not self._view:
-            before = {m.id: m.state for m in self._view.members}
-            lives = {m.id: m.incarnation for m in self._view.members}
+            before = {m.id: m for m in self._view.members}
             self._view, self._index = view, Index.of(view, self._index)
-            for member in view.members:
-                if member.incarnation > lives.get(member.id, member.incarnation):
-                    effects += self.link_failed(member.id, now)  # the streams were with an earlier life
-            states = {m.id: m.state for m in view.members if before.get(m.id) is not m.state}
-            if states:
+            known = [(m, before[m.id]) for m in view.members if m.id in before]
+            moved = dispatch.ViewMoved(
+                states={m.id: m.state for m, old in known if m.state is not old.state},
+                restarted={m.id: m.incarnation for m, old in known if m.incarnation > old.incarnation},
+            )
+            if moved.states or moved.restarted:
                 for request_id in list(self.requests):
-                    effects += self._feed(request_id, dispatch.ViewMoved(states=states), now)
+                    effects += self._feed(request_id, moved, now)
         for request_id, request in list(self.requests.items()):
             due = request.dispatch.deadline
             if due is not None and now >= due:

@@ -268,6 +268,16 @@ def test_a_stream_that_flows_survives_suspicion_but_not_death() -> None:
     assert isinstance(failure(effects), errors.StreamLost)
 
 
+def test_a_node_that_restarted_has_forgotten_its_streams() -> None:
+    life = dispatch(Mesh(THERE))
+    life.begin(0.0)
+    life.handle(Arrived(epoch=0, chunk=chunk(0, 1)), 0.5)
+    assert life.handle(ViewMoved(states={}, restarted={THERE: 1}), 1.0) == []  # the life that serves us
+    effects = life.handle(ViewMoved(states={}, restarted={THERE: 2}), 2.0)
+    assert effects[0] == Cancel(epoch=0)
+    assert isinstance(failure(effects), errors.StreamLost)
+
+
 def test_a_gap_in_the_tokens_is_not_passed_on() -> None:
     life = dispatch(Mesh(THERE, ELSEWHERE))
     life.begin(0.0)

@@ -16,8 +16,8 @@ The caller's stream is one: chunks of a later attempt are delivered only where t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
 from typing import assert_never
@@ -99,9 +99,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewMoved:
-    """The mesh looks different: states of the nodes that changed, by id."""
+    """The mesh looks different: states of the nodes that changed, and incarnations of those that restarted.
 
-    states: dict[NodeId, NodeState]
+    A box that lost power and is back may leave a stream to its earlier life open for long.
+    """
+
+    states: Mapping[NodeId, NodeState]
+    restarted: Mapping[NodeId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +280,7 @@ class Dispatch:
             case Failed():
                 return self._failed(event.error, now) if self._runs(event.epoch) else []
             case ViewMoved():
-                return self._view_moved(event.states, now)
+                return self._view_moved(event, now)
             case Stop():
                 return self._stop(event.error)
             case Wake():
@@ -365,15 +369,21 @@ class Dispatch:
             metadata={"tokens_delivered": str(self.tokens_delivered), "cause": error.code},
         )
 
-    def _view_moved(self, states: dict[NodeId, NodeState], now: float) -> list[DispatchEffect]:
+    def _view_moved(self, event: ViewMoved, now: float) -> list[DispatchEffect]:
         if self.phase is Phase.WAITING:
             return self._next(now)
         assert self._candidate is not None
-        state = states.get(self._candidate.member.id)
-        given_up = _GIVEN_UP_STREAMING if self.tokens_delivered else _GIVEN_UP_SILENT
-        if state is None or state not in given_up:
+        member = self._candidate.member
+        state = event.states.get(member.id)
+        if event.restarted.get(member.id, 0) > member.incarnation:
+            why = "restarted"
+        elif state is not None and state in (
+            _GIVEN_UP_STREAMING if self.tokens_delivered else _GIVEN_UP_SILENT
+        ):
+            why = f"stopped answering ({state.value})"
+        else:
             return []
-        error = errors.NodeUnreachable(f"{self._candidate.member.name} stopped answering ({state.value})")
+        error = errors.NodeUnreachable(f"{member.name} {why}")
         return [Cancel(epoch=self._epoch), *self._failed(error, now)]
 
     # --- the next attempt ----------------------------------------------------------------

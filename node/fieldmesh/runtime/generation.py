@@ -35,7 +35,7 @@ from fieldmesh.core.dispatch import (
     Wake,
 )
 from fieldmesh.core.errors import Cancelled, Draining, FieldmeshError, Internal, RequestIdReused
-from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, NodeState, RequestId, Result
+from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, RequestId, Result
 from fieldmesh.core.routing import Candidate, Decision
 from fieldmesh.engine.port import Started
 from fieldmesh.runtime import log
@@ -135,9 +135,9 @@ class Generation:
         """End it with this error, if it has not ended."""
         self._handle(Stop(error=error))
 
-    def view_moved(self, states: dict[NodeId, NodeState]) -> None:
+    def view_moved(self, event: ViewMoved) -> None:
         """The mesh looks different."""
-        self._handle(ViewMoved(states=states))
+        self._handle(event)
 
     def deadline_left_s(self) -> float:
         """Seconds until the request's deadline."""

@@ -13,9 +13,20 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from random import Random
 
-from fieldmesh.core.dispatch import DispatchConfig, Entry, Start
+from fieldmesh.core.dispatch import DispatchConfig, Entry, Start, ViewMoved
 from fieldmesh.core.errors import Draining, TooManyStreams
-from fieldmesh.core.model import Ask, Chunk, MeshView, NodeId, NodeState, Prompt, RequestId, Result, Target
+from fieldmesh.core.model import (
+    Ask,
+    Chunk,
+    Member,
+    MeshView,
+    NodeId,
+    NodeState,
+    Prompt,
+    RequestId,
+    Result,
+    Target,
+)
 from fieldmesh.core.routing import Need
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
@@ -59,7 +70,7 @@ class Service:
         self._generations = Generations(config.generations)
         self._streams = 0
         self._draining = False
-        self._states: dict[NodeId, NodeState] = {}
+        self._members: dict[NodeId, Member] = {}
 
     @property
     def view(self) -> MeshView:
@@ -148,11 +159,14 @@ class Service:
     def view_changed(self, view: MeshView) -> None:
         """Take a new view of the mesh: route by it, and let requests under way react."""
         self.router.update(view)
-        states = {member.id: member.state for member in view.members}
-        moved = {node: state for node, state in states.items() if self._states.get(node) is not state}
-        self._states = states
+        before, self._members = self._members, {member.id: member for member in view.members}
+        known = [(member, before[member.id]) for member in view.members if member.id in before]
+        event = ViewMoved(
+            states={new.id: new.state for new, old in known if new.state is not old.state},
+            restarted={new.id: new.incarnation for new, old in known if new.incarnation > old.incarnation},
+        )
         for generation in self._generations.running():
-            generation.view_moved(moved)
+            generation.view_moved(event)
 
     async def abort(self, request_id: RequestId, *, everywhere: bool = True) -> bool:
         """End a request here or (``everywhere``) wherever in the mesh it runs; False where none was found."""
