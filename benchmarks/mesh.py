@@ -44,6 +44,7 @@ from fieldmesh.core.routing import Index, Need, Traffic, choose
 
 PROFILES = ("general", "code", "health")
 PROMPT = "Say something about bread."
+SETTLE_S = 5.0
 
 
 # --- what a hop costs --------------------------------------------------------------------
@@ -298,7 +299,7 @@ def idle(seconds: float = 30.0) -> Iterator[Row]:
         for box in cluster.boxes.values():
             cluster.start(box)
         cluster.wait_formed()
-        wait_until(lambda: True, 1, "")
+        time.sleep(SETTLE_S)  # classifiers are trained, first pages are touched: that is not idling
         box = cluster.boxes["general"]
         processes = [psutil.Process(pid) for pid in (box.pid, *box.engine_pids())]
         before = sum(sum(process.cpu_times()[:2]) for process in processes)
