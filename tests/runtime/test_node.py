@@ -232,6 +232,20 @@ async def test_abort_works_at_any_node(mesh: Site, asked: str) -> None:
     await idle(mesh)
 
 
+async def test_a_request_that_waits_for_somebody_to_serve_it_can_be_aborted(site: Site) -> None:
+    await site.start("only")
+    await site.formed()
+    site.engines["only"].lose()
+    await until(site.nodes["only"], lambda ready: not ready)
+    async with site.client("only") as client:
+        reading = asyncio.create_task(client.chat("hello", request_id="r1").result())
+        async with asyncio.timeout(5):
+            while not await client.abort("r1"):
+                pass
+        with pytest.raises(Cancelled):
+            await reading
+
+
 async def test_abort_of_what_does_not_run_says_so(mesh: Site) -> None:
     async with mesh.client("general") as client:
         assert not await client.abort("nothing")

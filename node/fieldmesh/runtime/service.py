@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from fieldmesh.core.dispatch import DispatchConfig, Entry, Start, ViewMoved
-from fieldmesh.core.errors import Draining, TooManyStreams
+from fieldmesh.core.errors import Cancelled, Draining, TooManyStreams
 from fieldmesh.core.model import (
     Ask,
     Chunk,
@@ -176,7 +176,13 @@ class Service:
             return False
         peers = [m for m in self.view.members if m.id != self.entry.node and m.state is NodeState.ALIVE]
         calls = [self._forwarder.abort(m, request_id, timeout_s=ABORT_TIMEOUT_S) for m in peers]
-        return any(await asyncio.gather(*calls))
+        if any(await asyncio.gather(*calls)):
+            return True
+        waiting = self._generations.get(request_id)
+        if waiting is None or waiting.outcome is not None:
+            return False
+        waiting.stop(Cancelled("The request was aborted before any node had taken it"))
+        return True
 
     async def tokenize(self, prompt: Prompt, target: Target) -> tuple[tuple[int, ...], str]:
         """Token ids of a prompt at the node that would serve it, and the model whose they are."""
