@@ -27,6 +27,7 @@ from benchmarks.cluster import Box, Cluster, node_named, usable, wait_until
 from benchmarks.lab import Host, Lab, available
 from benchmarks.report import Row, show
 from fieldmesh.client import Client, health
+from fieldmesh.core.catalogue import Index
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import (
     Address,
@@ -40,7 +41,8 @@ from fieldmesh.core.model import (
     ProfileOffer,
 )
 from fieldmesh.core.model import Row as DirectoryRow
-from fieldmesh.core.routing import Index, Need, Traffic, choose
+from fieldmesh.core.routing import Need, choose
+from fieldmesh.core.traffic import Traffic
 
 PROFILES = ("general", "code", "health")
 PROMPT = "Say something about bread."

@@ -18,6 +18,7 @@ import msgspec
 
 from fieldmesh.core import dispatch, errors
 from fieldmesh.core.batching import Batcher
+from fieldmesh.core.catalogue import Index
 from fieldmesh.core.dispatch import Dispatch, DispatchConfig, DispatchEffect, Entry
 from fieldmesh.core.events import Send, Tick
 from fieldmesh.core.mesh import LinkFailed, LoadChanged, Mesh
@@ -36,8 +37,9 @@ from fieldmesh.core.model import (
     Target,
     Usage,
 )
-from fieldmesh.core.routing import Candidate, Index, Need, Traffic, choose
+from fieldmesh.core.routing import Candidate, Need, choose
 from fieldmesh.core.steps import BatcherConfig, Output, StepPlan, Work
+from fieldmesh.core.traffic import Traffic
 from fieldmesh.engine.cost import CostModel, prompt_digest, sample_step, token_at
 
 VOCABULARY_TOKENS = 1000
@@ -333,7 +335,9 @@ class Serving:
             f"{request.ask.id} is routed to {member.name}: {current.state}"
         )
         need = Need(prompt_tokens=len(request.ask.prompt), max_tokens=request.ask.tokens_max)
-        self._traffic.begin(request.ask.id, candidate, need)
+        self._traffic.begin(
+            request.ask.id, candidate.member, prompt_tokens=need.prompt_tokens, max_tokens=need.max_tokens
+        )
         forward = Forward(request.ask.id, epoch, request.ask.prompt, request.ask.tokens_max)
         if member.id != self._view.local:
             return [Send(to=member.id, address=member.address, message=forward)]

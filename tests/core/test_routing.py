@@ -13,7 +13,9 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mesh_views import CODE_OFFER, GENERAL_OFFER, HEALTH_OFFER, IDLE, member, three, view
 
+from fieldmesh.core.catalogue import Index
 from fieldmesh.core.classify import Classifier
 from fieldmesh.core.errors import (
     ConfigError,
@@ -26,8 +28,6 @@ from fieldmesh.core.errors import (
     QueueFull,
 )
 from fieldmesh.core.model import (
-    Address,
-    Domain,
     EngineState,
     Load,
     Member,
@@ -35,70 +35,18 @@ from fieldmesh.core.model import (
     NodeId,
     NodeState,
     ProfileOffer,
-    Row,
 )
 from fieldmesh.core.routing import (
     EXPLAINED_CANDIDATES_MAX,
     RETRY_AFTER_MAX_S,
     RETRY_AFTER_MIN_S,
+    Candidate,
     Decision,
-    Index,
     Need,
     Policy,
-    Traffic,
     choose,
 )
-
-IDLE = Load(
-    engine=EngineState.READY, slots=4, queue_max=8, prefill_tokens_per_s=300.0, decode_tokens_per_s=100.0
-)
-CODE = Domain(
-    name="programming",
-    description="Writing and reading programs",
-    examples=("Write a function that sorts a list", "Why does this Python loop not end?", "Fix my SQL query"),
-)
-HEALTH = Domain(
-    name="first_aid",
-    description="Injuries and illness",
-    examples=("My child has a fever", "How do I bandage a wound?", "What helps against a burn?"),
-)
-GENERAL_OFFER = ProfileOffer(name="general", model="smol", fingerprint="f1")
-CODE_OFFER = ProfileOffer(name="code", model="smol", fingerprint="f1", domains=(CODE,))
-HEALTH_OFFER = ProfileOffer(name="health", model="med", fingerprint="f2", domains=(HEALTH,))
-
-
-def member(
-    name: str,
-    *offers: ProfileOffer,
-    state: NodeState = NodeState.ALIVE,
-    load: Load = IDLE,
-    rtt_s: float = 0.001,
-) -> Member:
-    address = Address(host="127.0.0.1", port=7000)
-    row = Row(
-        id=NodeId(name),
-        name=name,
-        mesh="m",
-        incarnation=1,
-        sequence=1,
-        addresses=(address,),
-        client_addresses=(address,),
-        profiles=offers,
-    )
-    return Member(
-        id=NodeId(name),
-        name=name,
-        address=address,
-        state=state,
-        incarnation=1,
-        load=load,
-        rtt_s=rtt_s,
-        row=row,
-    )
-
-
-def view(*members: Member, local: str = "a") -> MeshView:
-    return MeshView(local=NodeId(local), members=tuple(sorted(members, key=lambda m: m.id)))
+from fieldmesh.core.traffic import Traffic
 
 
 def decide(
@@ -118,12 +66,12 @@ def decide(
     return choose(need, index, traffic or Traffic(), Random(seed), policy=policy, explain=explain)
 
 
+def send(traffic: Traffic, key: str, candidate: Candidate, need: Need) -> None:
+    traffic.begin(key, candidate.member, prompt_tokens=need.prompt_tokens, max_tokens=need.max_tokens)
+
+
 def served_by(decision: Decision) -> str:
     return decision.candidates[0].member.name
-
-
-def three() -> tuple[Member, Member, Member]:
-    return member("a", GENERAL_OFFER), member("b", CODE_OFFER), member("c", HEALTH_OFFER)
 
 
 # --- demands and wishes ------------------------------------------------------------------
@@ -224,6 +172,13 @@ def test_nothing_asked_goes_to_the_generalist_which_is_no_fallback() -> None:
     assert (served_by(decision), decision.fallback, decision.domain) == ("a", False, "")
 
 
+def test_a_node_with_several_profiles_is_one_candidate() -> None:
+    mesh = view(member("a", CODE_OFFER, GENERAL_OFFER, HEALTH_OFFER))
+    assert [c.offer.name for c in decide(mesh, Need()).candidates] == ["general"]
+    assert [c.offer.name for c in decide(mesh, Need(domain="programming")).candidates] == ["code"]
+    assert [c.offer.name for c in decide(mesh, Need(model="smol")).candidates] == ["general"]
+
+
 # --- the classifier's part ---------------------------------------------------------------
 
 
@@ -258,28 +213,6 @@ def test_a_classifier_older_than_the_view_proposes_no_domain_that_has_gone() -> 
     assert after.training_due
     decision = choose(Need(text="Write a function that sorts a list"), after, Traffic(), Random(0))
     assert (served_by(decision), decision.domain) == ("a", "")
-
-
-def test_training_is_due_only_when_the_domains_change() -> None:
-    index = Index.of(view(*three()))
-    assert index.training_due
-    index = index.with_classifier(Classifier.train(index.domains))
-    assert not index.training_due
-    joined = Index.of(view(*three(), member("d", CODE_OFFER)), index)
-    assert not joined.training_due
-    other = replace(CODE_OFFER, domains=(replace(CODE, examples=("another",)),))
-    assert Index.of(view(*three(), member("d", other)), index).training_due
-
-
-def test_a_mesh_without_domains_never_trains() -> None:
-    assert not Index.of(view(member("a", GENERAL_OFFER))).training_due
-
-
-def test_a_domain_that_several_nodes_declare_is_learned_from_all_their_words() -> None:
-    other = replace(CODE_OFFER, domains=(replace(CODE, examples=("Explain this stack trace",)),))
-    index = Index.of(view(*three(), member("d", other)))
-    programming = next(d for d in index.domains if d.name == "programming")
-    assert set(programming.examples) == {*CODE.examples, "Explain this stack trace"}
 
 
 # --- eligibility -------------------------------------------------------------------------
@@ -426,39 +359,9 @@ def test_requests_that_the_load_report_cannot_show_yet_are_counted() -> None:
     need = Need(prompt_tokens=50, max_tokens=100)
     for i in range(8):
         decision = decide(mesh, need, traffic=traffic, seed=i)
-        traffic.begin(f"r{i}", decision.candidates[0], need)
+        send(traffic, f"r{i}", decision.candidates[0], need)
         counts[served_by(decision)] += 1
     assert counts == {"b": 4, "c": 4}
-
-
-def test_requests_that_the_load_report_shows_are_not_counted_twice() -> None:
-    before = member("b", GENERAL_OFFER)
-    traffic = Traffic()
-    need = Need()
-    candidate = decide(view(member("a", CODE_OFFER), before)).candidates[0]
-    traffic.begin("r", candidate, need)
-    assert traffic.unreported(before).requests == 1
-    reported = replace(before, load=replace(IDLE, running=1))
-    assert traffic.unreported(reported).requests == 0
-
-
-def test_requests_that_ended_are_not_counted() -> None:
-    b = member("b", GENERAL_OFFER)
-    traffic = Traffic()
-    traffic.begin("r", decide(view(member("a", CODE_OFFER), b)).candidates[0], Need())
-    traffic.end("r")
-    traffic.end("r")
-    assert traffic.unreported(b).requests == 0
-
-
-def test_a_request_that_moves_to_another_node_leaves_the_first() -> None:
-    b, c = member("b", GENERAL_OFFER), member("c", GENERAL_OFFER)
-    traffic = Traffic()
-    first, second = decide(view(member("a", CODE_OFFER), b, c)).candidates
-    traffic.begin("r", first, Need())
-    traffic.begin("r", second, Need())
-    assert traffic.unreported(first.member).requests == 0
-    assert traffic.unreported(second.member).requests == 1
 
 
 def test_unreported_requests_fill_a_node() -> None:
@@ -466,7 +369,7 @@ def test_unreported_requests_fill_a_node() -> None:
     mesh = view(member("a", GENERAL_OFFER, load=small))
     traffic = Traffic()
     for key in ("r1", "r2"):
-        traffic.begin(key, decide(mesh, traffic=traffic).candidates[0], Need())
+        send(traffic, key, decide(mesh, traffic=traffic).candidates[0], Need())
     with pytest.raises(QueueFull):
         decide(mesh, traffic=traffic)
 
@@ -481,7 +384,7 @@ def test_round_robin_takes_turns_whatever_the_load() -> None:
     turns = []
     for i in range(9):
         candidate = decide(mesh, policy=Policy.ROUND_ROBIN, traffic=traffic, seed=i).candidates[0]
-        traffic.begin(f"r{i}", candidate, Need())
+        send(traffic, f"r{i}", candidate, Need())
         turns.append(candidate.member.name)
     assert sorted(turns[:3]) == ["b", "c", "d"]
     assert turns == turns[:3] * 3
@@ -575,32 +478,6 @@ def test_explaining_does_not_change_the_decision() -> None:
 def test_every_policy_explains_itself(policy: Policy) -> None:
     decision = decide(view(*three()), policy=policy, explain=True)
     assert all(c.reason for c in decision.considered)
-
-
-# --- the index ---------------------------------------------------------------------------
-
-
-def test_a_changed_load_keeps_the_catalogue() -> None:
-    a, b, c = three()
-    index = Index.of(view(a, b, c))
-    later = Index.of(view(a, replace(b, load=replace(IDLE, running=2)), c), index)
-    assert later.catalogue is index.catalogue
-    assert later.view.members[1].load.running == 2
-
-
-def test_a_changed_row_a_new_member_and_a_new_local_node_make_a_new_catalogue() -> None:
-    a, b, c = three()
-    index = Index.of(view(a, b, c))
-    assert Index.of(view(a, member("b", HEALTH_OFFER), c), index).catalogue is not index.catalogue
-    assert Index.of(view(a, b, c, member("d")), index).catalogue is not index.catalogue
-    assert Index.of(view(a, b, c, local="b"), index).catalogue is not index.catalogue
-
-
-def test_a_node_with_several_profiles_is_one_candidate() -> None:
-    mesh = view(member("a", CODE_OFFER, GENERAL_OFFER, HEALTH_OFFER))
-    assert [c.offer.name for c in decide(mesh, Need()).candidates] == ["general"]
-    assert [c.offer.name for c in decide(mesh, Need(domain="programming")).candidates] == ["code"]
-    assert [c.offer.name for c in decide(mesh, Need(model="smol")).candidates] == ["general"]
 
 
 # --- whatever the mesh looks like --------------------------------------------------------

@@ -1,14 +1,13 @@
 """Which node should serve this request.
 
-Owns: the index of what the mesh offers, the estimate of when each node would be done, the policies, and
-the reasons in words. Must not: perform I/O, read a clock, or draw randomness of its own (a ``Random`` is
-handed in).
+Owns: the estimate of when each node would be done, the policies, and the reasons in words. Must not: match
+names (``catalogue`` does), keep anything between two decisions (``traffic``), or draw randomness of its
+own (a ``Random`` is handed in).
 
 How a request finds its node:
 
-1. *Who may answer* (``Catalogue.groups``). A profile or model is a demand: nobody else will do. A domain is
-   a wish: its owners, else a generalist, else anyone, the latter two with ``fallback``. Nothing said: the
-   classifier proposes a domain, or abstains, and then a generalist answers without being a fallback.
+1. *Who may answer* (``Catalogue.groups``), by profile, model and domain. Where none is given, the classifier
+   proposes a domain, or abstains.
 2. *Who can* (``_obstacle``): ALIVE, engine READY, not draining, not tried before, not on the request's path.
 3. *Who is looked at*: all of a small group, a random ``SAMPLE_NODES_MAX`` of a large one, and always
    the local node. Looking at a few at random is nearly as good as looking at all, and does not herd on
@@ -24,35 +23,31 @@ wish spills to a generalist: an answer beats a refusal.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
 from typing import assert_never
 
-from fieldmesh.core.classify import Classification, Classifier, merged, training_digest
+from fieldmesh.core.catalogue import (
+    NAME_SHOWN_CHARS_MAX,
+    NAMES_SHOWN_MAX,
+    Group,
+    Index,
+    Offer,
+    quoted,
+    what_exists,
+)
+from fieldmesh.core.classify import Classification
 from fieldmesh.core.errors import (
     ConfigError,
-    DomainNotFound,
     FieldmeshError,
     HopLimit,
-    ModelNotFound,
     NoCandidate,
-    ProfileNotFound,
     QueueFull,
 )
-from fieldmesh.core.model import (
-    Domain,
-    EngineState,
-    Load,
-    Member,
-    MeshView,
-    NodeId,
-    NodeState,
-    ProfileOffer,
-    Row,
-)
+from fieldmesh.core.model import EngineState, Load, Member, NodeId, NodeState, ProfileOffer
+from fieldmesh.core.traffic import Traffic, Unreported
 
 SAMPLE_NODES_MAX = 10
 """Nodes of a large group that one decision looks at (besides the local one)."""
@@ -83,11 +78,6 @@ RETRY_AFTER_MAX_S = 30.0
 NO_CANDIDATE_RETRY_AFTER_S = 1.0
 
 EXPLAINED_CANDIDATES_MAX = 256
-NAMES_SHOWN_MAX = 20
-NAME_SHOWN_CHARS_MAX = 64
-GROUPS_CACHED_MAX = 1024
-UNREPORTED_REQUESTS_MAX = 65_536
-LAST_SENT_NODES_MAX = 4096
 
 
 class Policy(Enum):
@@ -105,8 +95,8 @@ class Policy(Enum):
             return cls(name)
         except ValueError:
             raise ConfigError(
-                f"There is no routing policy {_shown(name)}."
-                + _known("policies", [p.value for p in cls], name),
+                f"There is no routing policy {quoted(name)}."
+                + what_exists("policies", [p.value for p in cls], name),
                 field="routing.policy",
             ) from None
 
@@ -165,228 +155,6 @@ class Decision:
     considered: tuple[Candidate, ...] = ()
 
 
-# --- what the mesh offers ----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Offer:
-    """A profile of the member at a position of the view."""
-
-    position: int
-    profile: ProfileOffer
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Those who may answer, one profile a node."""
-
-    offers: tuple[_Offer, ...]
-    local: _Offer | None
-    fallback: bool
-
-
-class Catalogue:
-    """What all known nodes offer, the dead included: slow facts, rebuilt only when a row changes.
-
-    Telling "owners gone" from "never known" needs the rows of dead members.
-    """
-
-    __slots__ = (
-        "_groups",
-        "_local",
-        "_offers",
-        "domain_names",
-        "domains",
-        "models",
-        "profiles",
-        "rows",
-        "training_digest",
-    )
-
-    def __init__(self, view: MeshView) -> None:
-        self.rows: tuple[tuple[NodeId, Row | None], ...] = tuple((m.id, m.row) for m in view.members)
-        self._local = next((i for i, m in enumerate(view.members) if m.id == view.local), -1)
-        self._offers = tuple(
-            _Offer(position, profile)
-            for position, (_, row) in enumerate(self.rows)
-            if row is not None
-            for profile in row.profiles
-        )
-        self._groups: dict[tuple[str, str, str], tuple[_Group, ...]] = {}
-        self.profiles = frozenset(o.profile.name for o in self._offers)
-        self.models = frozenset(o.profile.model for o in self._offers)
-        self.domains: tuple[Domain, ...] = merged(d for o in self._offers for d in o.profile.domains)
-        self.domain_names = frozenset(d.name for d in self.domains)
-        self.training_digest = training_digest(self.domains)
-
-    def describes(self, view: MeshView) -> bool:
-        """Whether the view has the same members with the same rows (the same objects: this is cheap)."""
-        return len(view.members) == len(self.rows) and all(
-            m.row is row and m.id == node for m, (node, row) in zip(view.members, self.rows, strict=True)
-        )
-
-    def groups(self, profile: str, model: str, domain: str) -> tuple[_Group, ...]:
-        """Those who may answer, the preferred first. Raises Profile-, Model- and DomainNotFound."""
-        key = (profile, model, domain)
-        found = self._groups.get(key)
-        if found is None:
-            found = self._make_groups(profile, model, domain)
-            if len(self._groups) < GROUPS_CACHED_MAX:
-                self._groups[key] = found
-        return found
-
-    def _make_groups(self, profile: str, model: str, domain: str) -> tuple[_Group, ...]:
-        if profile and profile not in self.profiles:
-            raise _not_found(ProfileNotFound, "profile", profile, self.profiles)
-        if model and model not in self.models:
-            raise _not_found(ModelNotFound, "model", model, self.models)
-        if domain and domain not in self.domain_names:
-            raise _not_found(DomainNotFound, "domain", domain, self.domain_names)
-
-        def allowed(offer: ProfileOffer) -> bool:
-            return (not profile or offer.name == profile) and (not model or offer.model == model)
-
-        def owns(offer: ProfileOffer) -> bool:
-            return any(d.name == domain for d in offer.domains)
-
-        demanded = [o for o in self._offers if allowed(o.profile)]
-        if not demanded and profile and model:
-            raise ProfileNotFound(
-                f"Profile {_shown(profile)} is offered, but not with model {_shown(model)}; leave one of the "
-                "two out.",
-                field="target.profile",
-            )
-        generalists = [o for o in demanded if o.profile.generalist]
-        if domain:
-            owners = [o for o in demanded if owns(o.profile)]
-            wishes = [(owners, False), (generalists, True), (demanded, True)]
-        elif profile or model:
-            wishes = [(demanded, False)]
-        else:
-            wishes = [(generalists, False), (demanded, True)]
-        return tuple(self._group(offers, fallback) for offers, fallback in wishes if offers)
-
-    def _group(self, offers: Sequence[_Offer], fallback: bool) -> _Group:
-        """One profile a node: a generalist rather than a specialist, then the highest tier, then by name."""
-        best: dict[int, _Offer] = {}
-        for offer in sorted(
-            offers, key=lambda o: (not o.profile.generalist, -o.profile.tier, o.profile.name)
-        ):
-            best.setdefault(offer.position, offer)
-        return _Group(tuple(best[p] for p in sorted(best)), best.get(self._local), fallback)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Index:
-    """One view of the mesh, ready for decisions. ``classifier`` may be older than the view, or None."""
-
-    view: MeshView
-    catalogue: Catalogue
-    classifier: Classifier | None = None
-
-    @classmethod
-    def of(cls, view: MeshView, previous: Index | None = None) -> Index:
-        """Index a view; what did not change since ``previous`` is kept."""
-        if previous is None:
-            return cls(view=view, catalogue=Catalogue(view))
-        same = previous.view.local == view.local and previous.catalogue.describes(view)
-        catalogue = previous.catalogue if same else Catalogue(view)
-        return cls(view=view, catalogue=catalogue, classifier=previous.classifier)
-
-    @property
-    def domains(self) -> tuple[Domain, ...]:
-        """Every declared domain, ordered by name: what a classifier is trained from."""
-        return self.catalogue.domains
-
-    @property
-    def training_due(self) -> bool:
-        """Whether the domains differ from those that the classifier learned (train off the event loop,
-        then ``with_classifier``; until then the older one serves)."""
-        if self.classifier is None:
-            return bool(self.domains)
-        return self.classifier.digest != self.catalogue.training_digest
-
-    def with_classifier(self, classifier: Classifier) -> Index:
-        return replace(self, classifier=classifier)
-
-
-# --- what this node has sent -------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    load: Load
-    prompt_tokens: int
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Unreported:
-    """Work that this node sent to another and that the other's load report cannot include yet."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    max_tokens: int = 0
-
-
-_NOTHING = _Unreported()
-
-
-class Traffic:
-    """This node's own requests that load reports do not show yet, and whose turn it is.
-
-    A request counts as unreported until its node's load differs from the one that it was sent on. The host
-    calls ``begin`` when it hands a request to a node and ``end`` when that attempt is over.
-    """
-
-    def __init__(self) -> None:
-        self._sent: dict[NodeId, dict[str, _Sent]] = {}
-        self._where: dict[str, NodeId] = {}
-        self._last_sent: dict[NodeId, int] = {}
-        self._turn = 0
-
-    def begin(self, key: str, candidate: Candidate, need: Need) -> None:
-        """Request ``key`` goes to a candidate (from where it was before, if it was anywhere)."""
-        self.end(key)
-        node = candidate.member.id
-        self._turn += 1
-        self._last_sent.pop(node, None)
-        self._last_sent[node] = self._turn
-        if len(self._last_sent) > LAST_SENT_NODES_MAX:
-            del self._last_sent[next(iter(self._last_sent))]
-        if len(self._where) < UNREPORTED_REQUESTS_MAX:
-            self._where[key] = node
-            sent = _Sent(candidate.member.load, need.prompt_tokens, need.max_tokens)
-            self._sent.setdefault(node, {})[key] = sent
-
-    def end(self, key: str) -> None:
-        """Request ``key`` is no longer with a node; unknown keys are ignored."""
-        node = self._where.pop(key, None)
-        if node is not None:
-            at_node = self._sent[node]
-            del at_node[key]
-            if not at_node:
-                del self._sent[node]
-
-    def unreported(self, member: Member) -> _Unreported:
-        at_node = self._sent.get(member.id)
-        if at_node is None:
-            return _NOTHING
-        for key in [key for key, sent in at_node.items() if sent.load != member.load]:
-            self.end(key)
-        waiting = at_node.values()
-        return _Unreported(
-            len(waiting), sum(s.prompt_tokens for s in waiting), sum(s.max_tokens for s in waiting)
-        )
-
-    def last_sent(self, node: NodeId) -> int:
-        """Turn of the last request sent there; 0 for never."""
-        return self._last_sent.get(node, 0)
-
-    def __repr__(self) -> str:
-        return f"Traffic({ {node: len(sent) for node, sent in self._sent.items()} })"
-
-
 # --- how long it would take --------------------------------------------------------------
 
 
@@ -422,7 +190,7 @@ class Estimate:
         return self.network_s + self.wait_s + self.prefill_s + self.decode_s
 
 
-def estimate(need: Need, member: Member, sent: _Unreported, speeds: Speeds, *, local: bool) -> Estimate:
+def estimate(need: Need, member: Member, sent: Unreported, speeds: Speeds, *, local: bool) -> Estimate:
     """When this member would be done with the request, if it were sent now.
 
     Ahead of it are the prompts that wait for prefill (one after the other), and, where no slot is free,
@@ -489,9 +257,9 @@ class _Inquiry:
             room > 0 and member.id not in self.need.full and room > self.traffic.unreported(member).requests
         )
 
-    def sample(self, group: _Group) -> tuple[list[_Offer], list[_Offer]]:
+    def sample(self, group: Group) -> tuple[list[Offer], list[Offer]]:
         """Offers to look at: of nodes that accept, and of nodes that could but are full."""
-        offers: Sequence[_Offer] = group.offers
+        offers: Sequence[Offer] = group.offers
         if len(offers) > SAMPLE_NODES_MAX:
             offers = self.rng.sample(offers, SAMPLE_NODES_MAX)
             if group.local is not None and group.local not in offers:
@@ -505,17 +273,17 @@ class _Inquiry:
                 full = self.rng.sample(full, SAMPLE_NODES_MAX)
         return accepting, full
 
-    def _sorted_out(self, offers: Sequence[_Offer]) -> tuple[list[_Offer], list[_Offer]]:
+    def _sorted_out(self, offers: Sequence[Offer]) -> tuple[list[Offer], list[Offer]]:
         members = self.index.view.members
-        accepting: list[_Offer] = []
-        full: list[_Offer] = []
+        accepting: list[Offer] = []
+        full: list[Offer] = []
         for offer in offers:
             member = members[offer.position]
             if not self.obstacle(member):
                 (accepting if self.accepts(member) else full).append(offer)
         return accepting, full
 
-    def scores(self, offers: Sequence[_Offer]) -> list[Candidate]:
+    def scores(self, offers: Sequence[Offer]) -> list[Candidate]:
         """Candidates in the order given, each with what the policy ranks it by."""
         members = [self.index.view.members[o.position] for o in offers]
         score: Callable[[Member], float]
@@ -543,7 +311,7 @@ class _Inquiry:
         load = member.load
         return (load.running + load.queued + self.traffic.unreported(member).requests) / max(1, load.slots)
 
-    def rank(self, offers: Sequence[_Offer]) -> list[Candidate]:
+    def rank(self, offers: Sequence[Offer]) -> list[Candidate]:
         """The offers' nodes, best first; those whose context is too short for the prompt last."""
         candidates = self.scores(offers)
         if not candidates:
@@ -588,7 +356,7 @@ def choose(
         if classification.domain in index.catalogue.domain_names:
             domain = classification.domain or ""
     groups = index.catalogue.groups(need.profile, need.model, domain)
-    full: list[_Offer] = []
+    full: list[Offer] = []
     for group in groups:
         accepting, group_full = inquiry.sample(group)
         full.extend(group_full)
@@ -607,7 +375,7 @@ def choose(
 
 
 def _explained(
-    inquiry: _Inquiry, groups: Sequence[_Group], ranked: Sequence[Candidate], spare: Sequence[Candidate]
+    inquiry: _Inquiry, groups: Sequence[Group], ranked: Sequence[Candidate], spare: Sequence[Candidate]
 ) -> tuple[Candidate, ...]:
     """Everyone who was or might have been considered, in words: the ranked, the full, then the others."""
     speeds = Speeds.among([c.member.load for c in (*ranked, *spare)])
@@ -661,7 +429,7 @@ def _in_words(inquiry: _Inquiry, candidate: Candidate, speeds: Speeds, *, is_ful
     return "; ".join(words)
 
 
-def _refusal(inquiry: _Inquiry, groups: Sequence[_Group], full: Sequence[_Offer]) -> FieldmeshError:
+def _refusal(inquiry: _Inquiry, groups: Sequence[Group], full: Sequence[Offer]) -> FieldmeshError:
     """Why nobody can serve this now."""
     members = inquiry.index.view.members
     if full:
@@ -688,29 +456,3 @@ def _refusal(inquiry: _Inquiry, groups: Sequence[_Group], full: Sequence[_Offer]
         f"No node that offers this can serve it now ({shown}{more}).",
         retry_after_s=NO_CANDIDATE_RETRY_AFTER_S,
     )
-
-
-# --- naming what exists ------------------------------------------------------------------
-
-
-def _not_found(error: type[FieldmeshError], kind: str, name: str, names: Collection[str]) -> FieldmeshError:
-    return error(
-        f"No node of this mesh offers {kind} {_shown(name)}.{_known(kind + 's', names, name)}",
-        field=f"target.{kind}",
-    )
-
-
-def _known(kinds: str, names: Collection[str], wrong: str) -> str:
-    """A sentence or two on what exists and what is nearest to a wrong name."""
-    if not names:
-        return f" There are no {kinds}."
-    listed = sorted(names)
-    nearest = difflib.get_close_matches(wrong[:NAME_SHOWN_CHARS_MAX], listed, n=1, cutoff=0.5)
-    meant = f" Did you mean {_shown(nearest[0])}?" if nearest else ""
-    shown = ", ".join(name[:NAME_SHOWN_CHARS_MAX] for name in listed[:NAMES_SHOWN_MAX])
-    more = f" and {len(listed) - NAMES_SHOWN_MAX} more" if len(listed) > NAMES_SHOWN_MAX else ""
-    return f"{meant} Known {kinds}: {shown}{more}."
-
-
-def _shown(name: str) -> str:
-    return repr(name[:NAME_SHOWN_CHARS_MAX])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from random import Random
 
+from fieldmesh.core.catalogue import Index
 from fieldmesh.core.classify import Classifier
 from fieldmesh.core.model import Ask, MeshView, NodeId, Prompt
-from fieldmesh.core.routing import Candidate, Decision, Index, Need, Policy, Traffic, choose
+from fieldmesh.core.routing import Candidate, Decision, Need, Policy, choose
+from fieldmesh.core.traffic import Traffic
 
 # Rough, and only used to compare nodes: a token has about four bytes of most scripts.
 from fieldmesh.runtime import log
@@ -79,7 +81,9 @@ class Router:
 
     def begin(self, key: str, candidate: Candidate, need: Need) -> None:
         """The request of this key is with this candidate now."""
-        self._traffic.begin(key, candidate, need)
+        self._traffic.begin(
+            key, candidate.member, prompt_tokens=need.prompt_tokens, max_tokens=need.max_tokens
+        )
 
     def end(self, key: str) -> None:
         """The request of this key is with nobody now."""
