@@ -14,7 +14,7 @@ from simulations.raft_mutants import Mutant
 MESH_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="silence-forgiven",
-        target="membership:Membership._judge",
+        target="suspicion:Suspicion.judge",
         old="silent = 0.0 if peer.waiting_since is None else now - peer.waiting_since",
         new="silent = 0.0 if peer.waiting_since is None else (now - peer.waiting_since) / 2",
         scenario="churn",
@@ -23,7 +23,7 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
         name="freeze-unnoticed",
         target="membership:Membership.handle",
         old="self._notice_lateness(now)",
-        new="self._late_now = 0.0",
+        new="self.late_now = 0.0",
         scenario="freezer",
     ),
     Mutant(
@@ -35,7 +35,7 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="address-kept-by-the-gone",
-        target="membership:Membership._take_introduction",
+        target="handshake:Handshake._take_introduction",
         old="if peer.addresses != who.addresses:",
         new="if not peer.addresses:",
         scenario="records",

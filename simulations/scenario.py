@@ -12,9 +12,9 @@ from random import Random
 from typing import Any
 
 from fieldmesh.core.joining import JoinConfig
-from fieldmesh.core.membership import MembershipConfig
 from fieldmesh.core.mesh import MeshConfig
 from fieldmesh.core.model import Address, ProfileOffer
+from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.replica import ReplicaConfig
 from fieldmesh.core.steps import BatcherConfig
 from simulations.faults import FAULTS, Playground

@@ -12,14 +12,7 @@ import pytest
 
 from fieldmesh.core.events import Note, Received, Send, Tick
 from fieldmesh.core.joining import HintSource, JoinConfig, Joining
-from fieldmesh.core.membership import (
-    JoinHint,
-    LeaveRequested,
-    LinkFailed,
-    LoadChanged,
-    Membership,
-    MembershipConfig,
-)
+from fieldmesh.core.membership import Membership
 from fieldmesh.core.messages import (
     Goodbye,
     Heartbeat,
@@ -35,6 +28,7 @@ from fieldmesh.core.messages import (
     Welcome,
 )
 from fieldmesh.core.model import Address, EngineState, Load, NodeId, NodeState
+from fieldmesh.core.peers import JoinHint, LeaveRequested, LinkFailed, LoadChanged, MembershipConfig
 
 
 def node(number: int) -> NodeId:

@@ -16,16 +16,7 @@ from fieldmesh.core.directory import RowCodec
 from fieldmesh.core.errors import InvalidRequest
 from fieldmesh.core.events import Note, Persist, Received, Send, Tick
 from fieldmesh.core.joining import HintSource, JoinConfig
-from fieldmesh.core.membership import (
-    AddressesChanged,
-    JoinHint,
-    LeaveRequested,
-    LinkFailed,
-    LoadChanged,
-    Membership,
-    MembershipConfig,
-    Peer,
-)
+from fieldmesh.core.membership import Membership
 from fieldmesh.core.messages import (
     ControlMessage,
     DirectoryPull,
@@ -38,6 +29,15 @@ from fieldmesh.core.messages import (
     Welcome,
 )
 from fieldmesh.core.model import Address, Member, MeshView, NodeId, NodeState, ProfileOffer, Row
+from fieldmesh.core.peers import (
+    AddressesChanged,
+    JoinHint,
+    LeaveRequested,
+    LinkFailed,
+    LoadChanged,
+    MembershipConfig,
+    Peer,
+)
 from fieldmesh.core.replica import Replica, ReplicaConfig
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The records of membership: its events, its configuration, and what is known of one peer.
+"""The records of membership: its events and effects, its configuration, and what is known of one peer.
 
 Owns: the shapes, and the rules that a configuration must satisfy. Must not: decide anything.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fieldmesh.core.events import Received, Tick
+from fieldmesh.core.events import Note, Received, Send, Tick
 from fieldmesh.core.joining import HintSource
-from fieldmesh.core.messages import GOSSIP_PER_HEARTBEAT_MAX, MembershipMessage, Rumor
+from fieldmesh.core.messages import GOSSIP_PER_HEARTBEAT_MAX, ControlMessage, MembershipMessage, Rumor
 from fieldmesh.core.model import Address, Load, NodeId, NodeState
 
 
@@ -57,6 +57,7 @@ MembershipEvent = (
     | AddressesChanged
     | LeaveRequested
 )
+MembershipEffect = Send[ControlMessage] | Note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

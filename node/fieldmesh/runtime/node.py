@@ -27,7 +27,6 @@ from fieldmesh.config import LimitsSlice, NodeConfig
 from fieldmesh.core.dispatch import DispatchConfig, Entry
 from fieldmesh.core.errors import AddressInUse, FieldmeshError
 from fieldmesh.core.joining import HintSource
-from fieldmesh.core.membership import MembershipConfig
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
 from fieldmesh.core.model import (
     PROTOCOL_VERSION_MAX,
@@ -37,6 +36,7 @@ from fieldmesh.core.model import (
     MeshView,
     NodeState,
 )
+from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
 from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.front import EngineFront
