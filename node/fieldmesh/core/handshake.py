@@ -75,7 +75,7 @@ class Handshake:
                 now, f"refusal {sender}", "peer_refused", code=code, message=sentence
             )
             return
-        peer, new = yield from self._admit(sender, who, now)
+        peer, new = yield from self._admit(sender, who, now, hears_us=False)
         if peer is None:
             return
         for rumor in hello.rumors:
@@ -97,7 +97,7 @@ class Handshake:
         if self._refusal(sender, welcome.who) is not None:
             self._roster.counts["refused"] += 1
             return
-        peer, _ = yield from self._admit(sender, welcome.who, now)
+        peer, _ = yield from self._admit(sender, welcome.who, now, hears_us=True)
         if peer is None:
             if sender == self._roster.local:
                 self._roster.joining.forget(welcome.dialed)
@@ -111,9 +111,13 @@ class Handshake:
             self._roster.learn(hint, now, vouched=True)
 
     def _admit(
-        self, sender: NodeId, who: Introduction, now: float
+        self, sender: NodeId, who: Introduction, now: float, *, hears_us: bool
     ) -> Generator[MembershipEffect, None, tuple[Peer | None, bool]]:
-        """Take in what a node says of itself; returns its record (or None) and whether it is new."""
+        """Take in what a node says of itself; returns its record (or None) and whether it is new.
+
+        A welcome answers what we said, so its sender hears us. One that we had lost and that knocks may be
+        knocking because it does not: it is not taken for alive until it says that it hears us again.
+        """
         if sender == self._roster.local:
             if who.nonce != self._roster.nonce:  # our key lives a second life elsewhere
                 self._roster.own_incarnation_seen = max(self._roster.own_incarnation_seen, who.incarnation)
@@ -142,9 +146,11 @@ class Handshake:
             # Two lives under one incarnation: a state folder restored from a backup, or copied.
             yield from self.tell_stale(peer, who.addresses, peer.incarnation + 1, now)
             return None, False
+        lost = not new and peer.state is not NodeState.ALIVE and who.incarnation == peer.incarnation
         fresh = self._roster.advance(peer, who.incarnation, who.sequence, now)
         if fresh:
             self._take_introduction(peer, who)
+            peer.deaf = not hears_us and (lost or peer.deaf)
         yield from self._name_clash(peer, now)
         if fresh and peer.state is not NodeState.LEFT:
             yield from self._suspicion.heard(peer, now)
