@@ -273,6 +273,20 @@ def test_a_one_way_link_is_known_on_both_sides(count: int) -> None:
     assert mesh.state(1, 2) is mesh.state(2, 1) is NodeState.ALIVE
 
 
+def test_a_lost_node_that_knocks_but_cannot_hear_is_never_taken_for_alive() -> None:
+    mesh = joined(2)
+    mesh.cut |= {(1, 2), (2, 1)}
+    mesh.run(60.0)
+    assert mesh.state(1, 2) is NodeState.DEAD
+    mesh.cut.remove((2, 1))
+    for _ in range(600):
+        mesh.run(0.05)
+        assert mesh.state(1, 2) is not NodeState.ALIVE
+    mesh.cut.clear()
+    mesh.run(JoinConfig().retry_s_max + 1.5)
+    assert mesh.state(1, 2) is mesh.state(2, 1) is NodeState.ALIVE
+
+
 def test_halves_that_took_each_other_for_dead_find_each_other_again() -> None:
     mesh = joined(4)
     halves = [(a, b) for a in (1, 2) for b in (3, 4)]
