@@ -236,12 +236,12 @@ def test_a_talk_that_grew_too_long_forgets_its_beginning(
     assert [turn.content for turn in node.requests[-1].messages] == ["second"]
 
 
-def test_an_error_does_not_end_a_talk(
+def test_an_error_does_not_end_a_talk_but_a_script_learns_of_it(
     cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.script += [refuses(ModelNotFound("none")), answers("b")]
     stdin(monkeypatch, b"first\nsecond\n")
-    assert cli("chat", "--node", str(node.address)) == 0
+    assert cli("chat", "--node", str(node.address)) == 4
     assert [turn.content for turn in node.requests[-1].messages] == ["second"]
     assert "none [MODEL_NOT_FOUND]" in cli.err
 

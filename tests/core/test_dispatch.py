@@ -192,6 +192,26 @@ def test_a_wait_also_ends_by_its_own_clock() -> None:
     assert started(life.handle(Wake(), due)) == [THERE]
 
 
+def test_an_owner_between_two_lives_is_waited_for_once_it_was_tried() -> None:
+    mesh = Mesh(THERE)
+    life = dispatch(mesh)
+    life.begin(0.0)
+    mesh.nodes.clear()
+    mesh.refusal = errors.ProfileNotFound("it has not said yet what it offers")
+    assert life.handle(Failed(epoch=0, error=LOST), 0.1) == []
+    mesh.nodes.append(THERE)
+    assert started(life.handle(ViewMoved(states={THERE: NodeState.ALIVE}), 1.0)) == [THERE]
+
+
+def test_a_pause_after_a_failure_is_not_cut_short_by_changes_of_load() -> None:
+    mesh = Mesh(THERE)
+    life = dispatch(mesh)
+    life.begin(0.0)
+    assert life.handle(Failed(epoch=0, error=LOST), 0.1) == []
+    assert life.handle(ViewMoved(states={}), 0.11) == []
+    assert life.phase is Phase.WAITING
+
+
 def test_patience_ends_in_the_reason_why_nobody_could_serve() -> None:
     life = dispatch(Mesh(), patience_s=2.0)
     effects = life.begin(0.0)

@@ -177,6 +177,22 @@ async def test_a_defect_ends_the_request_with_a_code(defect: ValueError | None) 
     assert made.phase is Phase.ENDED
 
 
+async def test_an_attempt_that_is_cancelled_from_below_moves_on() -> None:
+    nodes: list[NodeId] = []
+
+    async def script(start: Start) -> AsyncIterator[AttemptEvent]:
+        nodes.append(start.candidate.member.id)
+        if len(nodes) == 1:
+            raise asyncio.CancelledError  # what grpc raises when its channel is closed
+        async for event in three_tokens(start):
+            yield event
+
+    made = generation(script)
+    made.begin()
+    assert await asyncio.wait_for(text(made), 10) == "012"
+    assert len(nodes) == 2
+
+
 async def test_a_reader_that_stops_reading_stops_the_source() -> None:
     as_many_as_allowed, more = asyncio.Event(), asyncio.Event()
 
@@ -238,5 +254,6 @@ async def test_the_log_forgets_what_ended_long_ago() -> None:
     now = asyncio.get_running_loop().time()
     fresh = generation(three_tokens)
     log.add(fresh, now + 20.0)
+    log.sweep(now + 20.0)
     assert log.get(RequestId("old")) is None
     await fresh.close()

@@ -49,6 +49,7 @@ from fieldmesh.engine.cost import CostModel
 from fieldmesh.engine.fake import FakeEngine
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.rpc.errors import PUSHBACK_KEY, error_from_call
+from fieldmesh.runtime import door
 from fieldmesh.runtime.gate import Caller
 from fieldmesh.runtime.node import Node, running
 from fieldmesh.v1 import inference_pb2 as pb
@@ -364,14 +365,44 @@ async def test_raw_requests_with_bad_fields_are_refused_and_the_node_lives(mesh:
         await client.chat("hello", max_tokens=2).result()
 
 
-async def test_bytes_that_are_no_utf8_are_refused_by_the_wire_and_the_node_lives(mesh: Site) -> None:
+@pytest.mark.parametrize("data", [b"\x1a\x02\xff\xfe", b"\xff\xff\xff"], ids=["not UTF-8", "not protobuf"])
+async def test_bytes_that_are_no_request_are_refused_with_a_code_and_the_node_lives(
+    mesh: Site, data: bytes
+) -> None:
     async with grpc.aio.insecure_channel(str(mesh.nodes["general"].client_address)) as channel:
         call = channel.unary_stream("/fieldmesh.v1.InferenceService/Generate")
-        with pytest.raises(grpc.aio.AioRpcError):
-            async for _ in call(b"\x1a\x02\xff\xfe"):  # field 3, a string of two bytes that are none
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call(data):
                 pass
+    error = error_from_call(caught.value)
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "request"
     async with mesh.client("general") as client:
         await client.chat("hello", max_tokens=2).result()
+
+
+async def test_a_caller_who_never_reads_gives_its_place_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "WRITE_TIMEOUT_S", 0.2)
+    await site.start("only", limits=LimitsSlice(streams_max=1))
+    await site.formed()
+    options = [("grpc.http2.lookahead_bytes", 5), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(str(site.nodes["only"].client_address), options=options) as channel:
+        request = pb.ChatRequest(
+            messages=[pb.ChatMessage(role="user", content="x")],
+            sampling_params=pb.SamplingParams(max_tokens=1500, ignore_eos=True),
+        )
+        stuck = inference_pb2_grpc.InferenceServiceStub(channel).Chat(request)
+        await stuck.read()
+        async with site.client("only") as client, asyncio.timeout(20):
+            while True:
+                try:
+                    await client.chat("hello", max_tokens=2).result()
+                    break
+                except FieldmeshError as error:
+                    assert error.code == "TOO_MANY_STREAMS", error
+        stuck.cancel()
 
 
 async def test_a_full_mesh_refuses_at_once_with_pushback(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -31,9 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Domain = Annotated[str | None, typer.Option(help="Wish: whose domain the question is of.")]
 Profile = Annotated[str | None, typer.Option(help="Demand: the profile that must answer.")]
 Model = Annotated[str | None, typer.Option(help="Demand: the model that must answer.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Tokens of the answer at most.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the draws.")]
-Temperature = Annotated[float | None, typer.Option(help="0 (greedy) to 5.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, max=131_072, help="Tokens of the answer at most.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=4_294_967_295, help="Seed of the draws.")]
+Temperature = Annotated[float | None, typer.Option(min=0, max=5, help="0 is greedy.")]
 TimeoutS = Annotated[float | None, typer.Option(help="Seconds for the whole answer.")]
 
 
@@ -196,10 +197,13 @@ def talk(client: Client, options: dict[str, Any]) -> None:
 
         terminal.say(f"Ask anything. {HELP}")
     turns: list[Message] = []
+    failures: deque[FieldmeshError] = deque(maxlen=1)
     while True:
         try:
             line = input("› " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            if failures and not sys.stdin.isatty():  # a script must learn of it
+                raise typer.Exit(terminal.exit_code(failures[-1])) from None
             return
         except UnicodeDecodeError as error:
             raise InvalidRequest("The line on stdin is not UTF-8 text.", field="prompt") from error
@@ -209,7 +213,7 @@ def talk(client: Client, options: dict[str, Any]) -> None:
             _command(line, options, turns)
         elif line:
             turns.append(Message(role="user", content=line))
-            answer = _turn(client, turns, options)
+            answer = _turn(client, turns, options, failures)
             if answer:
                 turns.append(Message(role="assistant", content=answer))
             else:
@@ -231,7 +235,9 @@ def _command(line: str, options: dict[str, Any], turns: list[Message]) -> None:
             terminal.say(HELP)
 
 
-def _turn(client: Client, turns: list[Message], options: dict[str, Any]) -> str:
+def _turn(
+    client: Client, turns: list[Message], options: dict[str, Any], failures: deque[FieldmeshError]
+) -> str:
     """The answer to the talk so far, whose beginning is forgotten when it is too long; "" for none."""
     while True:
         with client.chat(turns, **options) as stream:
@@ -250,4 +256,5 @@ def _turn(client: Client, turns: list[Message], options: dict[str, Any]) -> str:
                 raise
             except FieldmeshError as error:
                 terminal.complain(terminal.sentence(error))
+                failures.append(error)
                 return ""

@@ -371,7 +371,8 @@ class Dispatch:
 
     def _view_moved(self, event: ViewMoved, now: float) -> list[DispatchEffect]:
         if self.phase is Phase.WAITING:
-            return self._next(now)
+            # A pause after failures is not cut short by mere changes of load: it would use up the attempts.
+            return self._next(now) if event.states or event.restarted or not self.attempts else []
         assert self._candidate is not None
         member = self._candidate.member
         state = event.states.get(member.id)
@@ -409,9 +410,9 @@ class Dispatch:
 
     def _nobody(self, error: FieldmeshError, now: float) -> list[DispatchEffect]:
         """Nobody is left to try: wait for somebody to come back, where that is likely to help."""
-        tried = self._nodes_failed or self._nodes_full
         # A mesh that is merely full says so at once: the caller knows better than we whether to wait.
-        worth_waiting = isinstance(error, errors.NoCandidate) or (error.retryable and tried)
+        # Once somebody was tried, even "nobody offers this" may be the moment between two lives of its owner.
+        worth_waiting = isinstance(error, errors.NoCandidate) or self._last_error is not None
         patience_left_s = self._begun_at + self._config.patience_s - now
         if not worth_waiting or patience_left_s <= 0:
             return self._fail(error if error.retryable or self._last_error is None else self._last_error)

@@ -98,6 +98,8 @@ class EngineProcess(EngineFront):
             except FieldmeshError as refused:
                 self._give_up(refused)
                 return
+            except Exception as defect:  # noqa: BLE001 - an engine without supervisor would look ready for ever
+                reason = f"a defect in talking to the engine: {defect!r}"
             now = time.monotonic()
             self._crashes.append(now)
             recent = sum(now - t < self.settings.crash_window_s for t in self._crashes)

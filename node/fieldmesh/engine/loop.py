@@ -204,13 +204,20 @@ class EngineLoop:
         if ended := _ended_before(job, stream, stop_tokens):
             return self._nothing_left(command.key, job, stream, ended, len(prompt), seed)
         # An answer may be as long as what the prompt leaves of the context: then it ends with LENGTH.
-        room = self.batcher.config.context_tokens + 1 - len(prompt)
+        context_tokens = self.batcher.config.context_tokens
+        room = context_tokens + 1 - len(prompt)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens; this profile reads at most {context_tokens}",
+                field="prompt",
+                metadata={"context_tokens": str(context_tokens)},
+            )
         self.batcher.submit(
             Work(
                 id=str(command.key),
                 prompt_token_ids=prompt,
                 resume_token_ids=job.resume_token_ids,
-                tokens_max=min(job.sampling.max_tokens, max(1, room)),
+                tokens_max=min(job.sampling.max_tokens, room),
                 priority=job.priority,
                 tenant=job.tenant,
                 deadline=command.deadline,

@@ -6,15 +6,21 @@ that a call causes. Must not: know any method.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.message_factory import GetMessageClass
 
-from fieldmesh.core.errors import FieldmeshError, Internal
+from fieldmesh.core.errors import FieldmeshError, Internal, InvalidRequest, SlowReader
 from fieldmesh.rpc.errors import clipped, error_metadata
 from fieldmesh.runtime import log
 
@@ -23,6 +29,9 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 Unary = Callable[[Any, Request, Context], Awaitable[Response]]
 Stream = Callable[[Any, Request, Context], AsyncIterator[Response]]
+
+WRITE_TIMEOUT_S = 60.0
+"""How long one message may wait for a caller that does not read."""
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -36,6 +45,8 @@ def new_request_id() -> str:
 
 def _request_id(request: Any) -> str:
     """The request id that a message carries, made and written into it where it may be left out."""
+    if isinstance(request, Malformed):
+        return ""
     which = request.WhichOneof("request") if "request" in request.DESCRIPTOR.oneofs_by_name else None
     holder = getattr(request, which) if which else request
     if "request_id" not in holder.DESCRIPTOR.fields_by_name:
@@ -50,6 +61,63 @@ async def _refuse(context: Context, error: FieldmeshError) -> None:
     await context.abort(_CODES[error.status.value], clipped(error.message), error_metadata(error))
 
 
+async def _write(context: Context, response: Any) -> None:
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await context.write(response)
+    except TimeoutError:
+        raise SlowReader(
+            f"The stream was not read for {WRITE_TIMEOUT_S:g} s; it was ended and freed"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Bytes that are not the message that the method takes."""
+
+    message: str
+
+
+def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+    """What a server is given for the methods of ``service`` that ``servicer`` has.
+
+    Unlike with the generated code, bytes that cannot be parsed reach the method's guard, which answers with a
+    coded error; gRPC itself would say UNKNOWN and write a traceback.
+    """
+    found: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    for method in service.methods:
+        behaviour = getattr(servicer, method.name, None)
+        if behaviour is not None:
+            make = (
+                grpc.unary_stream_rpc_method_handler
+                if method.server_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            found[method.name] = make(
+                behaviour,
+                request_deserializer=functools.partial(_parsed, GetMessageClass(method.input_type)),
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+    return grpc.method_handlers_generic_handler(service.full_name, found)
+
+
+def _parsed(kind: type[ProtoMessage], data: bytes) -> ProtoMessage | Malformed:
+    message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        return Malformed(
+            f"The bytes are no {kind.DESCRIPTOR.full_name}: malformed, or text that is not UTF-8"
+        )
+    return message
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, Malformed):
+        raise InvalidRequest(request.message, field="request")
+    return request
+
+
 def _defect() -> Internal:
     logger.exception("request_crashed")
     return Internal("A defect of Fieldmesh ended this request; the node's log has the details")
@@ -62,7 +130,7 @@ def guarded(method: Unary[Request, Response]) -> Unary[Request, Response]:
     async def wrapper(self: Any, request: Request, context: Context) -> Response:
         with log.request(_request_id(request)):
             try:
-                return await method(self, request, context)
+                return await method(self, _checked(request), context)
             except FieldmeshError as error:
                 await _refuse(context, error)
             except Exception:  # noqa: BLE001 - the caller must get a code, and the log the traceback
@@ -83,9 +151,9 @@ def guarded_stream(method: Stream[Request, Response]) -> Stream[Request, Respons
     async def wrapper(self: Any, request: Request, context: Context) -> None:
         with log.request(_request_id(request)):
             try:
-                async with aclosing(method(self, request, context)) as responses:  # type: ignore[type-var]
+                async with aclosing(method(self, _checked(request), context)) as responses:  # type: ignore[type-var]
                     async for response in responses:
-                        await context.write(response)
+                        await _write(context, response)
             except FieldmeshError as error:
                 await _refuse(context, error)
             except Exception:  # noqa: BLE001 - the caller must get a code, and the log the traceback

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
-from fieldmesh.core.errors import FieldmeshError, NodeUnreachable
+from fieldmesh.core.errors import Cancelled, FieldmeshError, NodeUnreachable
 from fieldmesh.core.model import Address, Ask, Chunk, Completion, Member, NodeId, Prompt, RequestId, Result
 from fieldmesh.core.routing import Candidate
 from fieldmesh.engine.port import Started
@@ -106,6 +106,7 @@ class Forwarder:
 
 def _translated(error: grpc.aio.AioRpcError, member: Member) -> FieldmeshError:
     translated = error_from_call(error)
-    if type(translated) is NodeUnreachable:
+    # Whoever cancelled it there, it was not our caller: that would have ended this call here.
+    if isinstance(translated, (NodeUnreachable, Cancelled)):
         return NodeUnreachable(f"{member.name} at {member.address} cannot be reached: {translated.message}")
     return translated

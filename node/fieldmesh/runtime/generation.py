@@ -11,7 +11,6 @@ import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from itertools import islice
 from random import Random
 from typing import assert_never
 
@@ -34,7 +33,14 @@ from fieldmesh.core.dispatch import (
     ViewMoved,
     Wake,
 )
-from fieldmesh.core.errors import Cancelled, Draining, FieldmeshError, Internal, RequestIdReused
+from fieldmesh.core.errors import (
+    Cancelled,
+    Draining,
+    FieldmeshError,
+    Internal,
+    NodeUnreachable,
+    RequestIdReused,
+)
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, RequestId, Result
 from fieldmesh.core.routing import Candidate, Decision
 from fieldmesh.engine.port import Started
@@ -45,8 +51,6 @@ AttemptEvent = Started | Chunk | Completion | Result
 """What an attempt yields: a Result where another node ran it, a Completion where our engine did."""
 
 RunAttempt = Callable[["Generation", Start], AsyncIterator[AttemptEvent]]
-
-SWEPT_AT_ONCE = 8
 
 logger = log.get()
 
@@ -250,6 +254,11 @@ class Generation:
         except FieldmeshError as error:
             self._log_failure(start.candidate, error)
             self._handle(Failed(epoch=epoch, error=error))
+        except asyncio.CancelledError:
+            # Where dispatch cancelled it this says nothing new; a channel that closes cancels too.
+            lost = NodeUnreachable(f"The connection to {start.candidate.member.name} was closed")
+            self._handle(Failed(epoch=epoch, error=lost))
+            raise
         except Exception:
             logger.exception("attempt_crashed", node=start.candidate.member.name)
             defect = Internal("A defect of Fieldmesh ended this attempt; the node's log has the details")
@@ -273,6 +282,8 @@ class Generations:
     def __init__(self, config: GenerationConfig) -> None:
         self._config = config
         self._by_id: dict[RequestId, Generation] = {}
+        self._swept_to = 0
+        self.swept_at = 0.0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -295,11 +306,18 @@ class Generations:
         """Keep it, and forget what ended longest ago where there are too many."""
         self._by_id.pop(generation.ask.request_id, None)
         self._by_id[generation.ask.request_id] = generation
-        # The oldest few only: what a request costs must not grow with the log.
-        for old in list(islice(self._by_id.values(), SWEPT_AT_ONCE)):
-            surplus = len(self._by_id) > self._config.entries_max
-            if old.outcome is not None and (surplus or now - old.ended_at > self._config.kept_s):
-                del self._by_id[old.ask.request_id]
+        if len(self._by_id) > self._swept_to + self._config.entries_max // 4 + 1:
+            self.sweep(now)
+
+    def sweep(self, now: float) -> None:
+        """Forget what ended too long ago, and the oldest of what ended where there is too much."""
+        ended = sorted((g for g in self._by_id.values() if g.outcome is not None), key=lambda g: g.ended_at)
+        surplus = len(self._by_id) - self._config.entries_max
+        for position, old in enumerate(ended):
+            if position >= surplus and now - old.ended_at <= self._config.kept_s:
+                break
+            del self._by_id[old.ask.request_id]
+        self._swept_to, self.swept_at = len(self._by_id), now
 
     def running(self) -> list[Generation]:
         """Those that have not ended."""

@@ -15,10 +15,8 @@ from fieldmesh.runtime.service import Service
 from fieldmesh.v1 import inference_pb2 as pb
 from fieldmesh.v1 import inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 
-SERVICES = tuple(
-    descriptor.services_by_name[name].full_name
-    for descriptor, name in ((pb.DESCRIPTOR, "InferenceService"), (mesh_pb2.DESCRIPTOR, "MeshService"))
-)
+INFERENCE = pb.DESCRIPTOR.services_by_name["InferenceService"]
+MESH = mesh_pb2.DESCRIPTOR.services_by_name["MeshService"]
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):

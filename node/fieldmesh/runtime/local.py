@@ -117,6 +117,9 @@ async def paced(
             await asyncio.wait((coming, aborted), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             event: JobEvent | None = None
             if coming.done():
+                if pending is not None and coming.exception() is not None:
+                    yield pending  # what was made before the end is the reader's
+                    pending = None
                 event, coming = coming.result(), None
             if isinstance(event, Chunk):
                 completion_tokens = event.next_token_index

@@ -48,6 +48,7 @@ from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.runtime import addresses, inference, log
 from fieldmesh.runtime.discovery import Multicast, Seeds, repeat_hints
+from fieldmesh.runtime.door import handlers
 from fieldmesh.runtime.driver import Driver
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import GenerationConfig
@@ -60,7 +61,6 @@ from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
 from fieldmesh.runtime.state import StateFolder
-from fieldmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
 
 CLIENT_CONNECTIONS_MAX = 4096
 SERVER_STOP_GRACE_S = 1.0
@@ -227,14 +227,19 @@ class Node:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             )
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            inference.Inference(self._service, limits), server
-        )
-        mesh_pb2_grpc.add_MeshServiceServicer_to_server(
-            inference.Mesh(self._service, self.config.node.mesh), server
+        mesh = inference.Mesh(self._service, self.config.node.mesh)
+        server.add_generic_rpc_handlers(
+            (
+                handlers(inference.INFERENCE, inference.Inference(self._service, limits)),
+                handlers(inference.MESH, mesh),
+            )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
-        names = (*inference.SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        names = (
+            inference.INFERENCE.full_name,
+            inference.MESH.full_name,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        )
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         return server
 

@@ -6,6 +6,7 @@ Owns: running what others forward here, or passing it on while hops are left. Mu
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import grpc
 
@@ -13,14 +14,11 @@ from fieldmesh.core.errors import HopLimit, InvalidRequest, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
-from fieldmesh.runtime.door import Context, guarded, guarded_stream
+from fieldmesh.runtime.door import Context, guarded, guarded_stream, handlers
 from fieldmesh.runtime.service import Service
 from fieldmesh.v1 import inference_pb2, peer_pb2
 
 PATH_NODES_MAX = 16
-
-
-SERVICE = peer_pb2.DESCRIPTOR.services_by_name["PeerService"].full_name
 
 
 class Peers:
@@ -32,26 +30,7 @@ class Peers:
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What the peer's server is given beside the receiver's handler."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Forward": grpc.unary_stream_rpc_method_handler(
-                    self.Forward,
-                    peer_pb2.ForwardRequest.FromString,
-                    peer_pb2.ForwardResponse.SerializeToString,
-                ),
-                "AbortForwarded": grpc.unary_unary_rpc_method_handler(
-                    self.AbortForwarded,
-                    peer_pb2.AbortForwardedRequest.FromString,
-                    peer_pb2.AbortForwardedResponse.SerializeToString,
-                ),
-                "TokenizeForwarded": grpc.unary_unary_rpc_method_handler(
-                    self.TokenizeForwarded,
-                    peer_pb2.TokenizeForwardedRequest.FromString,
-                    peer_pb2.TokenizeForwardedResponse.SerializeToString,
-                ),
-            },
-        )
+        return handlers(peer_pb2.DESCRIPTOR.services_by_name["PeerService"], self)
 
     @guarded_stream
     async def Forward(
@@ -69,8 +48,9 @@ class Peers:
                 f"This node does not serve profile {request.profile!r} (any more) and may not pass it on",
                 field="profile",
             )
-        async for response in responses:
-            yield response
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
 
     async def _run_here(
         self, request: peer_pb2.ForwardRequest, ask: Ask, deadline_s: float | None

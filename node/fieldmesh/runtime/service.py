@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from random import Random
 
-from fieldmesh.core.dispatch import DispatchConfig, Entry, Start, ViewMoved
+from fieldmesh.core.dispatch import DispatchConfig, Entry, Phase, Start, ViewMoved
 from fieldmesh.core.errors import Cancelled, Draining, TooManyStreams
 from fieldmesh.core.model import (
     Ask,
@@ -34,6 +34,8 @@ from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.router import Router, need_of
 
 ABORT_TIMEOUT_S = 2.0
+SWEEP_INTERVAL_S = 10.0
+_WORTH_ASKING = (NodeState.ALIVE, NodeState.SUSPECT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,9 @@ class Service:
         )
         for generation in self._generations.running():
             generation.view_moved(event)
+        now = asyncio.get_running_loop().time()
+        if now - self._generations.swept_at > SWEEP_INTERVAL_S:
+            self._generations.sweep(now)
 
     async def abort(self, request_id: RequestId, *, everywhere: bool = True) -> bool:
         """End a request here or (``everywhere``) wherever in the mesh it runs; False where none was found."""
@@ -174,15 +179,13 @@ class Service:
             return True
         if not everywhere:
             return False
-        peers = [m for m in self.view.members if m.id != self.entry.node and m.state is NodeState.ALIVE]
-        calls = [self._forwarder.abort(m, request_id, timeout_s=ABORT_TIMEOUT_S) for m in peers]
-        if any(await asyncio.gather(*calls)):
+        mine = self._generations.get(request_id)
+        if mine is not None and mine.phase is Phase.WAITING:
+            mine.stop(Cancelled("The request was aborted before any node had taken it"))
             return True
-        waiting = self._generations.get(request_id)
-        if waiting is None or waiting.outcome is not None:
-            return False
-        waiting.stop(Cancelled("The request was aborted before any node had taken it"))
-        return True
+        peers = [m for m in self.view.members if m.id != self.entry.node and m.state in _WORTH_ASKING]
+        calls = [self._forwarder.abort(m, request_id, timeout_s=ABORT_TIMEOUT_S) for m in peers]
+        return any(await asyncio.gather(*calls))
 
     async def tokenize(self, prompt: Prompt, target: Target) -> tuple[tuple[int, ...], str]:
         """Token ids of a prompt at the node that would serve it, and the model whose they are."""
