@@ -47,6 +47,7 @@ from fieldmesh.core.errors import (
 from fieldmesh.core.model import Address, EngineState, FinishReason, NodeId, NodeState
 from fieldmesh.engine.cost import CostModel
 from fieldmesh.engine.fake import FakeEngine
+from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.rpc.errors import PUSHBACK_KEY, error_from_call
 from fieldmesh.runtime import door
@@ -529,6 +530,34 @@ async def test_reflection_lists_the_services(mesh: Site) -> None:
         response = await call.read()
     names = {service.name for service in response.list_services_response.service}
     assert {"fieldmesh.v1.InferenceService", "fieldmesh.v1.MeshService", "grpc.health.v1.Health"} <= names
+
+
+async def test_a_node_that_restarts_is_waited_for_and_not_denied(site: Site) -> None:
+    await site.start("general")
+    async with AsyncExitStack() as first_life:
+        everything, site.stack = site.stack, first_life
+        await site.start("code", "code")
+        await site.formed()
+        site.stack = everything
+        peer_address = site.nodes.pop("code").peer_address
+    loading = asyncio.Event()
+
+    class Loading(FakeEngine):
+        async def start(self) -> EngineInfo:
+            await loading.wait()
+            return await super().start()
+
+    config = site.config("code", "code", listen=ListenSlice(client=ANY, peer=peer_address))
+    await site.stack.enter_async_context(running(config, lambda settings: Loading(settings, cost=FAST)))
+    async with asyncio.timeout(20), site.client("general") as client:
+        view = site.nodes["general"].view
+        while not any(m.name == "code" and m.state is NodeState.ALIVE for m in view.members):
+            view = await site.nodes["general"]._driver.wait_view_changed(view.revision)
+        answer = asyncio.create_task(client.chat("hello", profile="code", max_tokens=2).result())
+        while not site.nodes["general"]._service.running:
+            await asyncio.wait((answer,), timeout=0.02)
+        loading.set()
+        assert (await answer).served_by == "code"
 
 
 async def test_a_taken_port_is_told_with_its_option(site: Site) -> None:

@@ -15,6 +15,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from random import Random, SystemRandom
 
 import grpc
@@ -67,6 +68,7 @@ SERVER_STOP_GRACE_S = 1.0
 ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
 PREFILL_SHARE_TOKENS_MIN = 16
+FINGERPRINT_KEY = "fingerprint"
 
 MakeEngine = Callable[[EngineSettings], EngineFront]
 """Protocol tests bring a fake engine; everything else has the real one."""
@@ -139,6 +141,7 @@ class Node:
         self.client_address = _bind(client_server, config.listen.client, "listen.client")
         self.peer_address = _bind(peer_server, config.listen.peer, "listen.peer")
         self._announce_addresses()
+        self._offer_as_before(folder)
         await peer_server.start()
         stack.push_async_callback(peer_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._driver.close)
@@ -257,7 +260,7 @@ class Node:
         """Everything that goes on beside requests; a part that fails ends the node, loudly."""
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._run_engine(), name="engine"),
+                group.create_task(self._run_engine(folder), name="engine"),
                 group.create_task(self._follow_load(), name="load"),
                 group.create_task(self._follow_view(), name="view"),
                 group.create_task(self._discover(), name="discovery"),
@@ -266,11 +269,27 @@ class Node:
             for task in tasks:
                 task.cancel()
 
-    async def _run_engine(self) -> None:
+    def _offer_as_before(self, folder: StateFolder) -> None:
+        """Offer the profile while its model still loads, where the file is the one of the last time: the
+        mesh then waits for a node that restarts, and does not say that nobody offers what it does."""
+        fingerprint = folder.read(FINGERPRINT_KEY)
+        if fingerprint is not None and fingerprint.startswith(self._model_stamp()):
+            self._offer(fingerprint.removeprefix(self._model_stamp()).decode())
+
+    def _model_stamp(self) -> bytes:
+        """Changes when the model's file does, short of reading it."""
+        status = Path(self._engine.settings.model_path).stat()
+        return f"{self._engine.settings.model_path} {status.st_size} {status.st_mtime_ns} ".encode()
+
+    def _offer(self, fingerprint: str) -> None:
+        offer = self.profile.offer(self._engine.settings.model_name, fingerprint)
+        self._driver.handle(OfferChanged(profiles=(offer,)))
+
+    async def _run_engine(self, folder: StateFolder) -> None:
         """Load the model, then offer the profile to the mesh."""
         try:
             info = await self._engine.start()
-            self._driver.handle(OfferChanged(profiles=(self.profile.offer(info.model, info.fingerprint),)))
+            self._offer(info.fingerprint)
         except FieldmeshError as error:  # the node lives on: it passes questions to others
             logger.error("profile_not_offered", code=error.code, error=error.message)
             return
@@ -283,6 +302,12 @@ class Node:
             slots=info.slots,
             context_tokens=info.context_tokens,
         )
+        try:
+            stamped = self._model_stamp() + info.fingerprint.encode()
+            if folder.read(FINGERPRINT_KEY) != stamped:
+                await asyncio.to_thread(folder.write, FINGERPRINT_KEY, stamped)
+        except (OSError, FieldmeshError) as error:  # the next start offers a little later, that is all
+            logger.warning("fingerprint_not_kept", why=str(error))
 
     async def _follow_load(self) -> None:
         state = EngineState.LOADING
