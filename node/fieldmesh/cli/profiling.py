@@ -89,6 +89,7 @@ def new(
 ) -> None:
     """Write a profile for your own model and domain; it is then found by its name."""
     from fieldmesh import profiles
+    from fieldmesh.engine.gguf import read_header
 
     profile = profiles.new(
         name=name or domain,
@@ -98,6 +99,7 @@ def new(
         description=description,
         system_prompt=system_prompt,
     )
+    read_header(str(profiles.model_path(profile)))  # refuse what is no model now, not when a node starts
     path = output or profiles.user_folder() / f"{profile.name}.toml"
     profiles.write(profile, path, replace=replace)
     terminal.write(f"{path}\n")
