@@ -78,8 +78,8 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="refusals-end-requests",
         target="dispatch:Dispatch._failed",
-        old="if not moves_on:",
-        new="if not moves_on or not isinstance(error, errors.QueueFull):",
+        old="if not moves_on or",
+        new="if not moves_on or not isinstance(error, errors.QueueFull) or",
         scenario="requests",
     ),
     Mutant(

@@ -170,7 +170,7 @@ class LimitsSlice:
     streams_max: Annotated[int, Between(1, 100_000), "Client streams open at once"] = 256
     peers_max: Annotated[int, Between(1, 10_000), "Nodes of the mesh that this node keeps track of"] = 1024
     hops_max: Annotated[int, Between(0, 8), "How often a request may be forwarded"] = 2
-    attempts_max: Annotated[int, Between(1, 16), "Nodes that may be tried for one request"] = 8
+    attempts_max: Annotated[int, Between(1, 16), "Nodes that may be tried for one request"] = 16
     request_log_entries_max: Annotated[
         int, Between(16, 1_000_000), "Finished requests whose repeats are still answered"
     ] = 1024

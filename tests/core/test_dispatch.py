@@ -98,6 +98,7 @@ def chunk(first: int, count: int, epoch: int = 0) -> Chunk:
 
 DONE = Completion(finish_reason=FinishReason.STOP, usage=Usage(prompt_tokens=1, completion_tokens=2))
 LOST = errors.EngineLost("the engine was killed")
+GONE = errors.NodeUnreachable("the node does not answer")
 
 
 def started(effects: list[DispatchEffect]) -> list[NodeId]:
@@ -237,13 +238,21 @@ def test_attempts_are_bounded() -> None:
         now += 0.01
         if life.phase is Phase.RUNNING:
             attempts += 1
-            effects = life.handle(Failed(epoch=attempts - 1, error=LOST), now)
+            effects = life.handle(Failed(epoch=attempts - 1, error=GONE), now)
         else:
             assert life.deadline is not None
             now = life.deadline
             effects = life.handle(Wake(), now)
     assert attempts == 3
-    assert failure(effects) is LOST
+    assert failure(effects) is GONE
+
+
+def test_a_request_over_which_engine_after_engine_ends_is_not_given_to_a_fourth() -> None:
+    life = dispatch(Mesh(THERE, ELSEWHERE, HERE))
+    life.begin(0.0)
+    life.handle(Failed(epoch=0, error=LOST), 0.1)
+    life.handle(Failed(epoch=1, error=LOST), 0.2)
+    assert failure(life.handle(Failed(epoch=2, error=LOST), 0.3)) is LOST
 
 
 def test_the_deadline_stops_the_attempt_and_ends_the_request() -> None:

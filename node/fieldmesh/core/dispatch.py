@@ -46,14 +46,16 @@ it. Raises FieldmeshError where nobody can serve."""
 class DispatchConfig:
     """Bounds of one request's life.
 
-    ``attempts_max``: nodes tried, the same one after a pause included. ``patience_s``: how long a request
-    waits in all for somebody who can serve it (an engine restarts in about a second, a death is noticed in
-    two). ``retry_delay_s``: the first pause before nodes that failed are tried again; it doubles up to
+    ``attempts_max``: nodes tried, the same one after a pause included; more than patience has pauses for.
+    ``engines_lost_max``: engines that may end over one request before it is taken for the cause.
+    ``patience_s``: how long a request waits in all for somebody who can serve it (an engine restarts in
+    about a second, a death is noticed in two). ``retry_delay_s``: the first pause before nodes that failed are tried again; it doubles up to
     ``retry_delay_s_max`` and is jittered by half, so that callers of a lost node do not return in step.
     ``timeout_s``: the deadline of requests that came without one.
     """
 
-    attempts_max: int = 8
+    attempts_max: int = 16
+    engines_lost_max: int = 3
     patience_s: float = 10.0
     retry_delay_s: float = 0.1
     retry_delay_s_max: float = 1.0
@@ -241,6 +243,7 @@ class Dispatch:
         self._pauses = 0
         self._wait_until: float | None = None
         self._last_error: FieldmeshError | None = None
+        self._engines_lost = 0
 
     def __repr__(self) -> str:
         return (
@@ -358,7 +361,8 @@ class Dispatch:
         moves_on = isinstance(error, _MOVES_ON)
         if self.tokens_delivered:
             return self._fail(self._lost_midway(error) if moves_on else error)
-        if not moves_on:
+        self._engines_lost += isinstance(error, errors.EngineLost)
+        if not moves_on or self._engines_lost >= self._config.engines_lost_max:
             return self._fail(error)
         return self._next(now)
 
