@@ -49,9 +49,9 @@ class DispatchConfig:
     ``attempts_max``: nodes tried, the same one after a pause included; more than patience has pauses for.
     ``engines_lost_max``: engines that may end over one request before it is taken for the cause.
     ``patience_s``: how long a request waits in all for somebody who can serve it (an engine restarts in
-    about a second, a death is noticed in two). ``retry_delay_s``: the first pause before nodes that failed are tried again; it doubles up to
-    ``retry_delay_s_max`` and is jittered by half, so that callers of a lost node do not return in step.
-    ``timeout_s``: the deadline of requests that came without one.
+    about a second, a death is noticed in two). ``retry_delay_s``: the first pause before nodes that failed
+    are tried again; it doubles up to ``retry_delay_s_max`` and is jittered by half, so that callers of a
+    lost node do not return in step. ``timeout_s``: the deadline of requests that came without one.
     """
 
     attempts_max: int = 16
