@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import codecs
 import os
 import pty
 import select
@@ -116,11 +117,12 @@ def test_a_terminal_gets_a_chat_and_leaving_it_ends_the_mesh(_home: None) -> Non
 def read_until(controller: int, wanted: str, timeout_s: float = 90.0) -> str:
     """What a terminal shows, up to ``wanted``."""
     said = ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
     while wanted not in said:
         ready, _, _ = select.select([controller], [], [], timeout_s)
         assert ready, said
         try:
-            said += os.read(controller, 4096).decode("utf-8", "replace")
+            said += decoder.decode(os.read(controller, 4096))
         except OSError:  # the other end is closed
             pytest.fail(said)
     return said
