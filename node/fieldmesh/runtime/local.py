@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from fieldmesh.core.errors import EngineNotReady, ProfileNotFound
-from fieldmesh.core.model import Ask, Chunk, Completion, FinishReason, Load, Prompt, RequestId, Usage
+from fieldmesh.core.model import Ask, Chunk, Completion, FinishReason, Prompt, RequestId, Usage
 from fieldmesh.engine.port import Engine, EngineInfo, Job, JobEvent, Started
 from fieldmesh.profiles import Profile
 
@@ -37,11 +37,6 @@ class LocalRuns:
     def __init__(self, hosted: dict[str, Hosted]) -> None:
         self.hosted = hosted
         self._aborts: dict[RequestId, asyncio.Future[None]] = {}
-
-    def load(self) -> Load:
-        """How busy this node is."""
-        (only,) = self.hosted.values()
-        return only.engine.load()
 
     def ready(self, profile: str) -> Hosted:
         """The hosted profile. Raises ProfileNotFound, EngineNotReady."""
