@@ -75,11 +75,12 @@ def next_change(
     members: Members,
     wanted: tuple[NodeId, ...],
     *,
+    learners: tuple[NodeId, ...] = (),
     caught_up: AbstractSet[NodeId],
     present: AbstractSet[NodeId],
     leader: NodeId,
 ) -> Change | None:
-    """The next change towards ``wanted`` voters, or None if there is none to make (yet).
+    """The next change towards ``wanted`` voters and ``learners`` beside them, or None if there is none (yet).
 
     ``caught_up`` learners may be promoted. Voters that are not ``present`` (gone, or without their log) are
     removed before others: each one that stays is a vote that a majority lacks. The leader is removed last;
@@ -90,10 +91,13 @@ def next_change(
         if node not in members.learners:
             return AddLearner(node=node)
     for node in members.learners:
-        if node not in wanted:
+        if node not in wanted and node not in learners:
             return Remove(node=node)
     if missing:
         return Promote(node=missing[0]) if all(node in caught_up for node in missing) else None
     surplus = [node for node in members.voters if node not in wanted]
     surplus.sort(key=lambda node: (node == leader, node in present, node))
-    return Remove(node=surplus[0]) if surplus else None
+    if surplus:
+        return Remove(node=surplus[0])
+    standby = [node for node in learners if node not in members.all]
+    return AddLearner(node=standby[0]) if standby else None

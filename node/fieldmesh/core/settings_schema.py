@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from fieldmesh.core.errors import InvalidRequest
-from fieldmesh.core.settings import CHANGES_MAX, KEY, KEY_CHARACTERS_MAX, VALUE_CHARACTERS_MAX, Change
+from fieldmesh.core.settings import CHANGES_MAX, KEY, KEY_CHARACTERS_MAX, VALUE_CHARACTERS_MAX, Change, State
 
 NESTING_MAX: Final = 16
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -32,6 +32,7 @@ LIMITS: Final = {
 }
 QUOTAS: Final = ("requests_per_minute", "tokens_per_minute", "streams_max")
 QUOTA_MAX: Final = 10**12
+VOTERS_POLICY: Final = "voters/policy"
 VOTER_TARGETS: Final = (1, 3, 5)
 STABLE_S_MAX: Final = 86_400
 
@@ -74,6 +75,18 @@ def _validate_one(change: Change) -> None:
             field=key,
         )
     check(rest, parse(change.value, key), key)
+
+
+def known_value(state: State, key: str) -> Any:
+    """What ``key`` says, parsed; None where it says nothing, or what only another version understands."""
+    value = state.values.get(key)
+    if value is None:
+        return None
+    try:
+        _validate_one(Change(key=key, value=value.text))
+        return parse(value.text, key)
+    except InvalidRequest:
+        return None
 
 
 def parse(text: str, key: str) -> Any:
@@ -151,15 +164,17 @@ def _quota(rest: str, value: Any, key: str) -> None:
 
 
 def _voters(rest: str, value: Any, key: str) -> None:
-    """``voters/policy``: whether the mesh chooses its voters itself, how many, and from how stable nodes."""
-    if rest != "policy":
+    """``voters/policy``: whether the mesh chooses its voters itself, how many, from how stable nodes, and
+    when one that is silent is gone for good."""
+    if key != VOTERS_POLICY:
         raise InvalidRequest("voters/policy is known", field="key")
-    fields = _object(value, key, required=("automatic",), optional=("target", "stable_s"))
+    fields = _object(value, key, required=("automatic",), optional=("target", "stable_s", "gone_s"))
     if not isinstance(fields["automatic"], bool):
         raise InvalidRequest("true or false is accepted", field=f"{key}.automatic")
     if fields.get("target", 3) not in VOTER_TARGETS or isinstance(fields.get("target"), bool):
         raise InvalidRequest("1, 3 or 5 voters are accepted", field=f"{key}.target")
-    _number(fields.get("stable_s", 60), f"{key}.stable_s", 0, STABLE_S_MAX)
+    for name in ("stable_s", "gone_s"):
+        _number(fields.get(name, 0), f"{key}.{name}", 0, STABLE_S_MAX)
 
 
 def _revocation(rest: str, value: Any, key: str) -> None:
