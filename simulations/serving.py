@@ -168,6 +168,7 @@ class Serving:
         self._step_ends_at = 0.0
         self._load = Load()
         self._now = 0.0
+        self._settled_at = float("inf")
 
     @property
     def deadline(self) -> float | None:
@@ -212,7 +213,7 @@ class Serving:
                 sampling=SamplingOverrides(max_tokens=ask.tokens_max),
             ),
             generation_id=ask.id,
-            entry=Entry(node=self._view.local, name=self._name),
+            entry=Entry(node=self._view.local, name=self._name, settled_at=self._settled_at),
             route=route,
             config=DispatchConfig(),
             rng=self._rng,
@@ -270,6 +271,7 @@ class Serving:
     def look(self, now: float) -> list[Any]:
         """Take in what changed in the view, do what is due, begin the next step."""
         self._now = now
+        self._settled_at = min(self._settled_at, now + dispatch.SETTLE_S)
         effects: list[Any] = []
         view = self.mesh.view
         if view is not self._view:

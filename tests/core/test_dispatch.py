@@ -78,11 +78,13 @@ class Mesh:
         return Decision(policy=Policy.RANDOM, candidates=tuple(candidate(node) for node in left))
 
 
-def dispatch(mesh: Mesh, *, deadline_at: float | None = None, **config: float) -> Dispatch:
+def dispatch(
+    mesh: Mesh, *, deadline_at: float | None = None, settled_at: float = 0.0, **config: float
+) -> Dispatch:
     return Dispatch(
         Ask(request_id=RequestId("r"), prompt=Prompt(text="hello")),
         generation_id="g",
-        entry=Entry(node=HERE, name="here"),
+        entry=Entry(node=HERE, name="here", settled_at=settled_at),
         route=mesh.route,
         config=DispatchConfig(**config),  # type: ignore[arg-type]
         rng=Random(1),
@@ -228,6 +230,28 @@ def test_what_nobody_ever_offered_is_refused_without_waiting() -> None:
     mesh = Mesh()
     mesh.refusal = errors.ModelNotFound("no such model")
     assert failure(dispatch(mesh).begin(0.0)) is mesh.refusal
+
+
+def test_a_node_that_has_just_started_waits_for_the_owner_of_a_name_it_does_not_know() -> None:
+    mesh = Mesh()
+    mesh.refusal = errors.DomainNotFound("never heard of it")
+    machine = dispatch(mesh, settled_at=5.0)
+    assert machine.begin(now=4.0) == []
+    mesh.nodes = [THERE]
+    assert started(machine.handle(ViewMoved(states={}), now=4.5)) == [THERE]
+
+
+def test_a_name_that_is_still_unknown_when_the_node_has_settled_is_refused() -> None:
+    mesh = Mesh()
+    mesh.refusal = errors.DomainNotFound("never heard of it")
+    machine = dispatch(mesh, settled_at=5.0)
+    effects = machine.begin(now=4.0)
+    while not effects:
+        now = machine.deadline
+        assert now is not None
+        effects = machine.handle(Wake(), now)
+    assert isinstance(failure(effects), errors.DomainNotFound)
+    assert now == 5.0
 
 
 def test_attempts_are_bounded() -> None:

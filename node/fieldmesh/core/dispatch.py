@@ -175,6 +175,7 @@ class Phase(Enum):
     ENDED = "ended"
 
 
+_UNKNOWN_NAME = (errors.ProfileNotFound, errors.ModelNotFound, errors.DomainNotFound)
 # What another node would answer differently. Everything else is the caller's own, or the deadline.
 _MOVES_ON = (
     errors.QueueFull,
@@ -195,12 +196,21 @@ _GIVEN_UP_SILENT = (NodeState.SUSPECT, NodeState.UNREACHABLE, NodeState.DEAD, No
 _GIVEN_UP_STREAMING = (NodeState.UNREACHABLE, NodeState.DEAD)
 
 
+SETTLE_S = 5.0
+"""How long a node that has just started waits for the owners of names that it does not know."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where a request entered: the node that tells the result."""
+    """Where a request entered: the node that tells the result.
+
+    ``settled_at`` (on the clock of ``now``, ``SETTLE_S`` after the node's start): until then a name that the
+    node does not know may belong to somebody whom it has not met yet.
+    """
 
     node: NodeId
     name: str
+    settled_at: float = float("-inf")
 
 
 class Dispatch:
@@ -418,6 +428,9 @@ class Dispatch:
         # Once somebody was tried, even "nobody offers this" may be the moment between two lives of its owner.
         worth_waiting = isinstance(error, errors.NoCandidate) or self._last_error is not None
         patience_left_s = self._begun_at + self._config.patience_s - now
+        if not worth_waiting and isinstance(error, _UNKNOWN_NAME):
+            worth_waiting = now < self._entry.settled_at
+            patience_left_s = min(patience_left_s, self._entry.settled_at - now)
         if not worth_waiting or patience_left_s <= 0:
             return self._fail(error if error.retryable or self._last_error is None else self._last_error)
         delay_s = min(self._config.retry_delay_s * 2**self._pauses, self._config.retry_delay_s_max)

@@ -93,9 +93,10 @@ class MeshConfig:
     """Slices of the machines inside, and the rhythm of what is the mesh's own (seconds).
 
     ``pull_interval_s`` is for each peer; in a mesh too large for direct beats, ``pull_interval_large_s`` is
-    for all peers together (a state vector of 1,000 nodes has 10 kB). ``row_keep_s``: rows of nodes that
-    were gone for so long are dropped. ``incarnation_raises_max`` bounds a war between two nodes that live
-    with copies of one key.
+    for all peers together (a state vector of 1,000 nodes has 10 kB). The first snapshot is taken
+    ``snapshot_first_s`` after the start: a node that dies young remembers whom it met. ``row_keep_s``: rows
+    of nodes that were gone for so long are dropped. ``incarnation_raises_max`` bounds a war between two
+    nodes that live with copies of one key.
     """
 
     membership: MembershipConfig = field(default_factory=MembershipConfig)
@@ -103,6 +104,7 @@ class MeshConfig:
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
     pull_interval_s: float = 0.3
     pull_interval_large_s: float = 0.5
+    snapshot_first_s: float = 1.0
     snapshot_interval_s: float = 5.0
     compact_check_interval_s: float = 60.0
     row_keep_s: float = 7 * 24 * 3600.0
@@ -157,7 +159,7 @@ class Mesh:
         self._pulled_at: dict[NodeId, float] = {}
         self._pulled_last = float("-inf")
         self._snapshot_dirty = False
-        self._snapshot_at = 0.0
+        self._snapshot_due = 0.0
         self._compact_check_at = rng.uniform(0.5, 1.0) * self.config.compact_check_interval_s
         self._clock_started: float | None = None
         self._raises = 0
@@ -324,7 +326,8 @@ class Mesh:
 
     def _begin(self, now: float) -> list[Effect]:
         """The first event: from now on there is a clock."""
-        self._clock_started = self._snapshot_at = now
+        self._clock_started = now
+        self._snapshot_due = now + self.config.snapshot_first_s
         self._compact_check_at += now
         for node in sorted(self.replica.rows):
             self._adopt_row(node, now)
@@ -406,8 +409,8 @@ class Mesh:
                 self.replica.compact()
                 yield Note(event="directory_compacted", fields=(("epoch", self.replica.epoch),))
             self._drop_long_gone(now)
-        if self._snapshot_dirty and now - self._snapshot_at >= self.config.snapshot_interval_s:
-            self._snapshot_dirty, self._snapshot_at = False, now
+        if self._snapshot_dirty and now >= self._snapshot_due:
+            self._snapshot_dirty, self._snapshot_due = False, now + self.config.snapshot_interval_s
             yield Persist(key=SNAPSHOT_KEY, data=self.replica.snapshot())
 
     def _drop_long_gone(self, now: float) -> None:

@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from fieldmesh import __version__, profiles
 from fieldmesh.client.discovery import Announcement
 from fieldmesh.config import LimitsSlice, NodeConfig
-from fieldmesh.core.dispatch import DispatchConfig, Entry
+from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
 from fieldmesh.core.errors import AddressInUse, FieldmeshError
 from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
@@ -208,7 +208,11 @@ class Node:
         router = Router(self.view, policy=Policy.parse(config.routing.policy), rng=self._rng)
         hosted = Hosted(profile=self.profile, engine=self._engine)
         return Service(
-            entry=Entry(node=self.key.id, name=config.node.name),
+            entry=Entry(
+                node=self.key.id,
+                name=config.node.name,
+                settled_at=asyncio.get_running_loop().time() + SETTLE_S,
+            ),
             view=lambda: self._driver.view,
             router=router,
             local=LocalRuns({self.profile.name: hosted}),
