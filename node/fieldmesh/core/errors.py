@@ -224,6 +224,63 @@ class MeshMismatch(FieldmeshError):
     status = Status.FAILED_PRECONDITION
 
 
+# --- the replicated configuration --------------------------------------------------------
+
+
+class LogNotFounded(FieldmeshError):
+    """This node knows of no replicated configuration: nobody founded one, or it cannot be seen from here."""
+
+    code = "LOG_NOT_FOUNDED"
+    status = Status.FAILED_PRECONDITION
+
+
+class LogMismatch(FieldmeshError):
+    """The caller speaks of another log than this node's: a mesh that was founded twice has two."""
+
+    code = "LOG_MISMATCH"
+    status = Status.FAILED_PRECONDITION
+
+
+class NotLeader(FieldmeshError):
+    """Only the leader of the log can do this. ``metadata["leader"]`` is its id, where it is known."""
+
+    code = "NOT_LEADER"
+    status = Status.UNAVAILABLE
+    retryable = True
+
+
+class NoQuorum(FieldmeshError):
+    """No majority of voters can be reached: nothing was done, and nothing can be until one is."""
+
+    code = "NO_QUORUM"
+    status = Status.UNAVAILABLE
+    retryable = True
+
+
+class OutcomeUnknown(FieldmeshError):
+    """A write may or may not have been done. Asking again under the same ``metadata["session"]`` and
+    ``metadata["sequence"]`` is safe: it is done once."""
+
+    code = "OUTCOME_UNKNOWN"
+    status = Status.UNKNOWN
+    retryable = True
+
+
+class ChangeRefused(FieldmeshError):
+    """The leader refuses a command or a change of members as things are; ``metadata["reason"]`` says why."""
+
+    code = "CHANGE_REFUSED"
+    status = Status.FAILED_PRECONDITION
+
+
+class ConsensusStopped(FieldmeshError):
+    """This node's part in the log has stopped, because its disk refused; inference goes on."""
+
+    code = "CONSENSUS_STOPPED"
+    status = Status.UNAVAILABLE
+    retryable = True
+
+
 # --- the operator's box ------------------------------------------------------------------
 
 

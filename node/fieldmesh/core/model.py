@@ -117,6 +117,23 @@ class ProfileOffer:
         return not self.domains
 
 
+class SeatKind(Enum):
+    """What a node is to a replicated log: it votes, it is being made ready to, or it follows."""
+
+    VOTER = "voter"
+    LEARNER = "learner"
+    OBSERVER = "observer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Which replicated log a node belongs to or follows (``log`` names it for ever), and as what."""
+
+    log: str
+    epoch: int
+    kind: SeatKind
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """What one node says of itself in the directory: slow facts, one signed row a node.
@@ -132,6 +149,7 @@ class Row:
     addresses: tuple[Address, ...]
     client_addresses: tuple[Address, ...]
     profiles: tuple[ProfileOffer, ...] = ()
+    seat: Seat | None = None
     version: str = ""
     protocol_min: int = PROTOCOL_VERSION_MIN
     protocol_max: int = PROTOCOL_VERSION_MAX

@@ -170,6 +170,11 @@ class Raft:
             return 0
         return max(1, min((self.config.command_version, *self.leadership.versions().values())))
 
+    def current_at(self, now: float) -> float:
+        """Up to when this node knows what was committed: when it last heard from a majority as a leader, or
+        from its leader as a follower."""
+        return self.leadership.quorum_contact(now) if self.leadership is not None else self._heard
+
     @property
     def status(self) -> RaftStatus:
         leadership = self.leadership

@@ -167,7 +167,8 @@ def version_of(data: bytes) -> int:
     return data[0] if data else 0
 
 
-def _decode(data: bytes) -> Command | None:
+def decode(data: bytes) -> Command | None:
+    """The command in an entry's data; None for what is none of this version."""
     try:
         return _decoder.decode(data[1:])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -202,7 +203,7 @@ def _known(version: int, what: str) -> None:
 def apply(state: State, index: int, data: bytes) -> tuple[State, Outcome]:
     """The state after the command at ``index`` of the log, and its outcome. Raises UpgradeNeeded only."""
     _known(version_of(data), "a command")
-    command = _decode(data)
+    command = decode(data)
     if command is None or not _well_formed(command):
         return state, Outcome(code=Code.COMMAND_INVALID)
     state = _at_time(state, command.time_ms)

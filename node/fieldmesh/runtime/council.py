@@ -1,0 +1,698 @@
+"""The replicated configuration as this node reaches it: the one door for reading, writing and watching it.
+
+Every node has a council, whatever it is to the log: a voter, a learner, an observer that follows a voter's
+watch stream, or none because nobody has founded a log yet. A write entered anywhere is carried to the leader
+and ends as an outcome, as a coded refusal (nothing was done), or as OUTCOME_UNKNOWN, after which the same
+session and sequence may be tried again without being done twice. A read is either linearizable, or says how
+old it may be. Owns: finding the leader, this node's session, the newest state that it has seen, founding.
+Must not: decide who should vote (``core.topology``), what a command means (``core.settings``), or agree on
+anything itself (``raft_host``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Protocol, TypeVar
+
+from fieldmesh.core import settings, settings_schema
+from fieldmesh.core.errors import (
+    ChangeRefused,
+    ConsensusStopped,
+    FieldmeshError,
+    InvalidRequest,
+    LogNotFounded,
+    NodeUnreachable,
+    NoQuorum,
+    NotLeader,
+    OutcomeUnknown,
+    QueueFull,
+    UpgradeNeeded,
+)
+from fieldmesh.core.model import NodeId, Seat, SeatKind
+from fieldmesh.core.raft_members import founded
+from fieldmesh.core.raft_model import (
+    AddLearner,
+    Change,
+    Members,
+    Message,
+    Promote,
+    RaftConfig,
+    Refusal,
+    Remove,
+    Role,
+    Transfer,
+)
+from fieldmesh.core.settings import Code, Command, Kind, Outcome, Record, State
+from fieldmesh.runtime import log
+from fieldmesh.runtime.raft_host import RaftHost, RefusedHere, Unsettled
+from fieldmesh.runtime.raft_store import RaftStore
+
+NEVER = float("-inf")
+
+logger = log.get()
+
+T = TypeVar("T")
+
+
+# --- what callers are given ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogView:
+    """A log as one node sees it now. ``applied`` is the index up to which its state stands; ``current_at`` is
+    when (loop time) that state was last known to be what the leader had, minus infinity for never."""
+
+    log: str
+    epoch: int
+    term: int
+    leader: NodeId | None
+    members: Members
+    commit: int
+    applied: int
+    current_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The configuration, and how old it may be: ``stale_s`` is 0 for a linearizable read, None where this
+    node cannot know (it has not heard of a leader since it started)."""
+
+    state: State
+    applied: int
+    stale_s: float | None
+
+    @property
+    def revision(self) -> int:
+        return self.state.revision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A watch begins, or begins anew, with everything."""
+
+    state: State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changed:
+    """A watch goes on: every change after the revision before, up to ``revision``."""
+
+    revision: int
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CouncilStatus:
+    """What a person, a web page or the topology policy wants to know. Lists are sorted by node id.
+
+    ``seat`` is None where no log is known. ``lag_entries`` is how far the applied state is behind what is
+    known to be committed. ``stopped_why`` is empty while this node's part in the log runs. The leader alone
+    knows ``matches`` (the last durable index of each other member), ``caught_up`` (learners that may be
+    promoted now) and ``lost_voters`` (came back without their log: remove them, add them again).
+    ``other_logs`` maps every other log that members of this mesh belong to or follow to those nodes.
+    """
+
+    seat: Seat | None
+    role: Role | None
+    term: int
+    leader: NodeId | None
+    voters: tuple[NodeId, ...]
+    learners: tuple[NodeId, ...]
+    commit: int
+    applied: int
+    revision: int
+    lag_entries: int
+    stale_s: float | None
+    stopped_why: str
+    following: NodeId | None
+    log_bytes: int
+    matches: tuple[tuple[NodeId, int], ...]
+    caught_up: tuple[NodeId, ...]
+    lost_voters: tuple[NodeId, ...]
+    other_logs: Mapping[str, tuple[NodeId, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CouncilConfig:
+    """Times and limits (seconds). ``leader_patience_s``: how long a write waits for a leader to appear before
+    it fails with NO_QUORUM; an election takes up to two. ``found_wait_s``: how long a founder looks for a log
+    of this mesh before it founds one. Guesses for a LAN."""
+
+    raft: RaftConfig = field(default_factory=RaftConfig)
+    timeout_s: float = 5.0
+    leader_patience_s: float = 3.0
+    retry_pause_s: float = 0.03
+    found_wait_s: float = 2.0
+
+
+class Colleagues(Protocol):
+    """The other nodes, as the transport reaches them. A call raises NotLeader (nothing done), NodeUnreachable
+    (nothing done), Unsettled (maybe done), or the coded refusal of the node that was asked."""
+
+    def send(self, to: NodeId, message: Message) -> None: ...
+
+    def seats(self) -> Mapping[NodeId, Seat]:
+        """What living nodes say of themselves."""
+        ...
+
+    async def submit(self, leader: NodeId, view: LogView, command: Command, timeout_s: float) -> Outcome: ...
+
+    async def read_index(self, leader: NodeId, view: LogView, timeout_s: float) -> int: ...
+
+    async def change(
+        self, leader: NodeId, view: LogView, change: Change | Transfer, timeout_s: float
+    ) -> None: ...
+
+
+# --- the door ------------------------------------------------------------------------------
+
+
+class Council:
+    """One node's access to the replicated configuration. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        store: RaftStore,
+        *,
+        colleagues: Colleagues,
+        rng: Random,
+        config: CouncilConfig | None = None,
+    ) -> None:
+        self.me = store.node
+        self.config = config or CouncilConfig()
+        self.host = RaftHost(
+            store,
+            config=self.config.raft,
+            rng=rng,
+            send=colleagues.send,
+            on_change=self._changed,
+        )
+        self._colleagues = colleagues
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._observers: list[Callable[[State], None]] = []
+        self._observed: State | None = None
+        self._leader: NodeId | None = None
+        self._led_at = self._loop.time()
+        self._writer = _Writer()
+        self._opening = asyncio.Lock()
+        self._founding: asyncio.Task[None] | None = None
+
+    # --- life ------------------------------------------------------------------------------
+
+    async def start(self, *, found: bool = False) -> None:
+        """Take this node's seat. With ``found``, begin a log here unless this node, or anybody that it can
+        see after ``found_wait_s``, has one. Never raises for a bad store: the status says why it stands."""
+        try:
+            await self.host.start()
+        except FieldmeshError as error:
+            logger.error("consensus_store_refused", code=error.code, error=error.message)
+            self.host.stopped_why = error.message
+            return
+        if found and self.view is None:
+            self._founding = self._loop.create_task(self._found_unless_there(), name="founding")
+
+    async def close(self) -> None:
+        """Leave; harmless when repeated."""
+        if self._founding is not None:
+            self._founding.cancel()
+            await asyncio.gather(self._founding, return_exceptions=True)
+        await self.host.close()
+
+    async def found(self) -> str:
+        """Begin a new log with this node as its only voter; returns the log's name.
+
+        Raises ChangeRefused where this node belongs to a log or follows one already."""
+        if (view := self.view) is not None:
+            raise ChangeRefused(
+                f"This node belongs to the log {view.log} already; a mesh has one. Use an empty state folder "
+                "for a new mesh",
+                metadata={"reason": "already_founded", "log": view.log},
+            )
+        name = secrets.token_hex(8)
+        await self.host.found(founded(self.me, name))
+        logger.info("log_founded", log=name)
+        return name
+
+    async def _found_unless_there(self) -> None:
+        await asyncio.sleep(self.config.found_wait_s)
+        others = self._other_logs()
+        if self.view is not None or others:
+            logger.warning("log_not_founded", why="this mesh has one already", logs=sorted(others))
+            return
+        try:
+            await self.found()
+        except FieldmeshError as error:
+            logger.error("log_not_founded", why=error.message)
+
+    # --- what is known ---------------------------------------------------------------------
+
+    @property
+    def view(self) -> LogView | None:
+        """The log as this node sees it best; None where it knows of none."""
+        return self._member_view()
+
+    @property
+    def state(self) -> State:
+        """The newest configuration that this node has; empty before it knows of one."""
+        return self.host.consensus.state if self.host.consensus is not None else State()
+
+    @property
+    def leading(self) -> bool:
+        """Whether this node leads the log, as far as it knows."""
+        return self.host.consensus is not None and self.host.consensus.raft.leadership is not None
+
+    def observe(self, observer: Callable[[State], None]) -> None:
+        """Call ``observer`` with the present configuration, and with each that differs from now on. It must
+        not raise or wait."""
+        self._observers.append(observer)
+        observer(self.state)
+
+    async def wait_changed(self) -> None:
+        """Return at the next news of any kind: state, leader, members, contact."""
+        await self._news.wait()
+
+    def status(self) -> CouncilStatus:
+        """Everything about this node's part in the log, now."""
+        view, consensus = self.view, self.host.consensus
+        raft = consensus.raft.status if consensus is not None else None
+        leadership = consensus.raft.leadership if consensus is not None else None
+        now = self._loop.time()
+        learners = view.members.learners if view else ()
+        return CouncilStatus(
+            seat=self._seat(),
+            role=raft.role if raft and view else None,
+            term=view.term if view else 0,
+            leader=view.leader if view else None,
+            voters=view.members.voters if view else (),
+            learners=learners,
+            commit=view.commit if view else 0,
+            applied=view.applied if view else 0,
+            revision=self.state.revision,
+            lag_entries=view.commit - view.applied if view else 0,
+            stale_s=self._stale_s(view),
+            stopped_why=self.host.stopped_why,
+            following=None,
+            log_bytes=raft.log_bytes if raft else 0,
+            matches=raft.matches if raft else (),
+            caught_up=tuple(n for n in learners if leadership is not None and leadership.caught_up(n, now)),
+            lost_voters=raft.lost_voters if raft else (),
+            other_logs=self._other_logs(),
+        )
+
+    # --- reading ---------------------------------------------------------------------------
+
+    async def read(self, *, linearizable: bool = False, timeout_s: float | None = None) -> Reading:
+        """The configuration: at once with its possible age, or ``linearizable``: with every write that was
+        acknowledged anywhere before this call. Raises LogNotFounded, NoQuorum, ConsensusStopped."""
+        view = self._known_view()
+        if not linearizable:
+            return Reading(state=self.state, applied=view.applied, stale_s=self._stale_s(view))
+        deadline = self._deadline(timeout_s)
+        index = await self._at_leader(self._read_once, deadline, changes=False)
+        while (applied := self._known_view().applied) < index:
+            await self._news_before(deadline, "this node has not caught up with the leader")
+        return Reading(state=self.state, applied=applied, stale_s=0.0)
+
+    async def _read_once(self, leader: NodeId, view: LogView, timeout_s: float) -> int:
+        if leader == self.me:
+            return await self.host.read()
+        return await self._colleagues.read_index(leader, view, timeout_s)
+
+    async def watch(self, from_revision: int | None = None) -> AsyncGenerator[Whole | Changed, None]:
+        """Everything that is configured, then every change; with ``from_revision`` only what came after it,
+        if that is still remembered (else Whole comes first). Ends when its caller closes it.
+
+        Raises InvalidRequest for a revision that is to come, LogNotFounded."""
+        self._known_view()
+        if from_revision is not None and not 0 <= from_revision <= self.state.revision:
+            raise InvalidRequest(
+                f"revision {from_revision} is to come; the newest is {self.state.revision}", field="revision"
+            )
+        seen = from_revision
+        while True:
+            news, state = self._news, self.state
+            records = (
+                settings.changes_since(state, seen) if seen is not None and seen <= state.revision else None
+            )
+            if records is None:
+                yield Whole(state=state)
+            elif seen != state.revision:
+                yield Changed(revision=state.revision, records=records)
+            seen = state.revision
+            if news is self._news:
+                await news.wait()
+
+    # --- writing ---------------------------------------------------------------------------
+
+    async def write(
+        self,
+        changes: Sequence[settings.Change],
+        *,
+        author: str,
+        origin: str,
+        timeout_s: float | None = None,
+    ) -> tuple[Outcome, Command]:
+        """Do ``changes`` together or not at all, under this node's own session.
+
+        Returns the outcome (its ``code`` may say REVISION_CONFLICT and the like) and the command that was
+        given. Raises InvalidRequest (``settings_schema``), and as ``submit`` does; OutcomeUnknown names in
+        its metadata the session and sequence under which ``submit`` may ask again.
+        """
+        settings_schema.validate(changes)
+        deadline = self._deadline(timeout_s)
+        for _ in range(2):
+            writer = await self._open_writer(deadline)
+            sequence = writer.begin()
+            command = Command(
+                kind=Kind.WRITE,
+                session=writer.session,
+                sequence=sequence,
+                acknowledged=writer.acknowledged,
+                changes=tuple(changes),
+                author=author,
+                origin=origin,
+            )
+            try:
+                outcome, certain = await self._submit(command, deadline)
+            except (OutcomeUnknown, asyncio.CancelledError):
+                self._abandon(writer)
+                raise
+            finally:
+                writer.end(sequence)
+            if outcome.code not in (Code.SESSION_EXPIRED, Code.TOO_MANY_IN_FLIGHT):
+                return outcome, command
+            self._abandon(writer)
+            if not certain:
+                raise _unknown(command)
+        return outcome, command
+
+    async def submit(self, command: Command, timeout_s: float | None = None) -> Outcome:
+        """Do one command under its own session and sequence; asking again with the same is safe.
+
+        Raises InvalidRequest, LogNotFounded, ConsensusStopped and NoQuorum, ChangeRefused, QueueFull,
+        UpgradeNeeded (nothing was done), OutcomeUnknown (it may have been done).
+        """
+        if command.kind is Kind.WRITE:
+            settings_schema.validate(command.changes)
+        outcome, _ = await self._submit(command, self._deadline(timeout_s))
+        return outcome
+
+    async def _submit(self, command: Command, deadline: float) -> tuple[Outcome, bool]:
+        """The outcome, and whether no attempt before the last may have been done."""
+        attempts = _Attempts()
+
+        async def once(leader: NodeId, view: LogView, timeout_s: float) -> Outcome:
+            if leader == self.me:
+                return await self.host.submit(command)
+            return await self._colleagues.submit(leader, view, command, timeout_s)
+
+        outcome = await self._at_leader(once, deadline, changes=True, command=command, attempts=attempts)
+        return outcome, not attempts.maybe_done
+
+    async def _open_writer(self, deadline: float) -> _Writer:
+        async with self._opening:
+            if not self._writer.usable:
+                outcome, _ = await self._submit(Command(kind=Kind.OPEN_SESSION), deadline)
+                self._writer = _Writer(outcome.session)
+            return self._writer
+
+    def _abandon(self, writer: _Writer) -> None:
+        """Begin another session at the next write; the old one keeps its outcomes for those who ask again."""
+        if self._writer is writer:
+            self._writer = _Writer()
+
+    # --- members ---------------------------------------------------------------------------
+
+    async def add(self, node: NodeId, timeout_s: float | None = None) -> None:
+        """Take ``node`` in as a learner. Raises as ``change``; a member of another log is refused."""
+        seat, view = self._colleagues.seats().get(node), self._known_view()
+        if seat is not None and seat.log != view.log:
+            raise ChangeRefused(
+                f"Node {node} belongs to the log {seat.log}, this one is {view.log}: end that node, move its "
+                "state folder away and start it again",
+                metadata={"reason": "other_log", "log": seat.log},
+            )
+        await self.change(AddLearner(node=node), timeout_s)
+
+    async def promote(self, node: NodeId, timeout_s: float | None = None) -> None:
+        """Give a caught-up learner a vote. Raises as ``change``."""
+        await self.change(Promote(node=node), timeout_s)
+
+    async def remove(self, node: NodeId, timeout_s: float | None = None) -> None:
+        """Take a voter or a learner out. Raises as ``change``."""
+        await self.change(Remove(node=node), timeout_s)
+
+    async def transfer(self, node: NodeId, timeout_s: float | None = None) -> None:
+        """Hand the leader's office to a voter; returns when it leads. Raises as ``change``."""
+        deadline = self._deadline(timeout_s)
+        await self._change(Transfer(to=node), deadline)
+        while self._known_view().leader != node:
+            await self._news_before(deadline, f"node {node} has not taken the office")
+
+    async def change(self, change: Change, timeout_s: float | None = None) -> None:
+        """Change the members by one, through the leader; returns when that is committed. Raises ChangeRefused
+        (``metadata["reason"]`` is a value of ``raft_model.Refusal``), LogNotFounded, NoQuorum, OutcomeUnknown
+        (look at the members before asking again)."""
+        await self._change(change, self._deadline(timeout_s))
+
+    async def _change(self, change: Change | Transfer, deadline: float) -> None:
+        async def once(leader: NodeId, view: LogView, timeout_s: float) -> None:
+            if leader != self.me:
+                await self._colleagues.change(leader, view, change, timeout_s)
+            elif isinstance(change, Transfer):
+                self.host.transfer(change.to)
+            else:
+                await self.host.change(change)
+
+        await self._at_leader(once, deadline, changes=True)
+
+    # --- finding the leader ----------------------------------------------------------------
+
+    async def _at_leader(
+        self,
+        once: Callable[[NodeId, LogView, float], Awaitable[T]],
+        deadline: float,
+        *,
+        changes: bool,
+        command: Command | None = None,
+        attempts: _Attempts | None = None,
+    ) -> T:
+        """Do something at the leader, looking for it again where it has moved. A change of members that may
+        have been done is not tried again; a command is, its session sees to it that it is done once."""
+        attempts = attempts or _Attempts()
+        hint: NodeId | None = None
+        while True:
+            try:
+                view = self._known_view()
+            except FieldmeshError:
+                if attempts.maybe_done:
+                    raise self._too_late(attempts, command) from None
+                raise
+            leader = hint or view.leader
+            hint = None
+            if leader is None:
+                await self._leader_before(deadline, attempts, command)
+                continue
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await once(leader, view, deadline - self._loop.time())
+            except RefusedHere as refused:
+                if refused.reason not in (None, Refusal.NOT_LEADER, Refusal.TRANSFERRING):
+                    raise refusal_error(refused.reason) from None
+                hint = refused.leader if refused.leader != leader else None
+            except NotLeader as error:
+                hint = NodeId(error.metadata.get("leader", "")) or None
+            except NodeUnreachable:
+                pass
+            except Unsettled:
+                attempts.maybe_done = changes
+                if changes and command is None:
+                    raise OutcomeUnknown(
+                        "The leader was lost while the members changed; look at them before asking again"
+                    ) from None
+            except TimeoutError:
+                attempts.maybe_done = changes
+                raise self._too_late(attempts, command) from None
+            if self._loop.time() + self.config.retry_pause_s >= deadline:
+                raise self._too_late(attempts, command)
+            await asyncio.sleep(self.config.retry_pause_s)
+
+    async def _leader_before(self, deadline: float, attempts: _Attempts, command: Command | None) -> None:
+        """Wait for news of a leader, as long as an election may take."""
+        until = min(deadline, self._led_at + self.config.leader_patience_s)
+        try:
+            async with asyncio.timeout_at(until):
+                await self._news.wait()
+        except TimeoutError:
+            raise self._too_late(attempts, command) from None
+
+    async def _news_before(self, deadline: float, why: str) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._news.wait()
+        except TimeoutError:
+            raise NoQuorum(f"Not in time: {why}", retry_after_s=1.0) from None
+
+    def _too_late(self, attempts: _Attempts, command: Command | None) -> FieldmeshError:
+        if attempts.maybe_done:
+            if command is not None and command.kind is Kind.WRITE:
+                return _unknown(command)
+            return OutcomeUnknown("It is not known whether this was done; look before asking again")
+        view = self.view
+        voters = f" of {len(view.members.voters)} voters" if view else ""
+        return NoQuorum(
+            f"No majority{voters} can be reached from this node: nothing was changed. Reads are served from "
+            "the last known revision, and inference goes on",
+            retry_after_s=1.0,
+        )
+
+    def _known_view(self) -> LogView:
+        view = self.view
+        if view is not None:
+            return view
+        if self.host.stopped_why:
+            raise ConsensusStopped(f"This node's part in the log has stopped: {self.host.stopped_why}")
+        raise LogNotFounded(
+            "This node knows of no replicated configuration: start one node of the mesh with --found, once"
+        )
+
+    # --- bookkeeping -----------------------------------------------------------------------
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return self._loop.time() + (self.config.timeout_s if timeout_s is None else timeout_s)
+
+    def _changed(self) -> None:
+        """Something about the log is new: wake everybody who waits for that."""
+        leader = self.view.leader if self.view is not None else None
+        if leader is not None or self._leader is not None:
+            self._led_at = self._loop.time()
+        self._leader = leader
+        self._news.set()
+        self._news = asyncio.Event()
+        state = self.state
+        if state is not self._observed:
+            self._observed = state
+            for observer in self._observers:
+                observer(state)
+
+    def _member_view(self) -> LogView | None:
+        consensus = self.host.consensus
+        if consensus is None or not consensus.raft.hard.group:
+            return None
+        raft = consensus.raft
+        return LogView(
+            log=raft.hard.group,
+            epoch=raft.hard.epoch,
+            term=raft.term,
+            leader=raft.leader,
+            members=raft.log.members,
+            commit=raft.log.commit,
+            applied=consensus.applied,
+            current_at=raft.current_at(self._loop.time()),
+        )
+
+    def _seat(self) -> Seat | None:
+        view = self.view
+        if view is None:
+            return None
+        kind = SeatKind.OBSERVER
+        if self.me in view.members.all:
+            kind = SeatKind.VOTER if self.me in view.members.voters else SeatKind.LEARNER
+        return Seat(log=view.log, epoch=view.epoch, kind=kind)
+
+    def _stale_s(self, view: LogView | None) -> float | None:
+        if view is None or view.current_at == NEVER:
+            return None
+        return max(0.0, self._loop.time() - view.current_at)
+
+    def _other_logs(self) -> dict[str, tuple[NodeId, ...]]:
+        """Every log but this node's own, with the nodes that say they belong to it."""
+        own = self.view.log if self.view is not None else ""
+        found: dict[str, list[NodeId]] = {}
+        for node, seat in self._colleagues.seats().items():
+            if seat.log != own and node != self.me:
+                found.setdefault(seat.log, []).append(node)
+        return {name: tuple(sorted(nodes)) for name, nodes in sorted(found.items())}
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """Whether an attempt so far may have been done without our hearing of it."""
+
+    maybe_done: bool = False
+
+
+class _Writer:
+    """A session of this node in the log, and which of its sequence numbers are under way."""
+
+    def __init__(self, session: int = 0) -> None:
+        self.session = session
+        self._next = 1
+        self._under_way: set[int] = set()
+
+    @property
+    def usable(self) -> bool:
+        outcomes_kept = self._next - min(self._under_way, default=self._next)
+        return self.session > 0 and outcomes_kept < settings.SESSION_OUTCOMES_MAX
+
+    @property
+    def acknowledged(self) -> int:
+        """All sequence numbers up to this one have their outcomes."""
+        return min(self._under_way, default=self._next) - 1
+
+    def begin(self) -> int:
+        sequence, self._next = self._next, self._next + 1
+        self._under_way.add(sequence)
+        return sequence
+
+    def end(self, sequence: int) -> None:
+        self._under_way.discard(sequence)
+
+
+def _unknown(command: Command) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        "The write may or may not have been done; asking again with the same session and sequence is safe",
+        metadata={"session": str(command.session), "sequence": str(command.sequence)},
+    )
+
+
+_REFUSALS = {
+    Refusal.TERM_NOT_COMMITTED: "the leader has just taken office; ask again in a moment",
+    Refusal.CHANGE_PENDING: "another change of members is under way; ask again when it is done",
+    Refusal.ALREADY_MEMBER: "the node is a member already",
+    Refusal.NOT_MEMBER: "the node is no member, or none that this can be done with",
+    Refusal.NOT_LEARNER: "the node is no learner: add it first",
+    Refusal.NOT_CAUGHT_UP: "the learner has not caught up yet; ask again later",
+    Refusal.LAST_VOTER: "the last voter cannot be removed",
+    Refusal.NO_MAJORITY_AFTERWARDS: "no majority of the voters that would be left is there",
+    Refusal.TOO_MANY_MEMBERS: "there are as many voters or learners as there may be",
+}
+
+
+def refusal_error(reason: Refusal) -> FieldmeshError:
+    """The machine's refusal as a coded error; nothing was done."""
+    if reason is Refusal.BUSY:
+        return QueueFull("The leader has as many uncommitted commands as it may have", retry_after_s=0.2)
+    if reason is Refusal.TOO_LARGE:
+        return InvalidRequest("The changes are larger than an entry of the log may be", field="changes")
+    if reason is Refusal.VERSION_UNKNOWN:
+        return UpgradeNeeded("Not all members of the log know this version of commands: upgrade them first")
+    return ChangeRefused(f"Refused: {_REFUSALS.get(reason, reason.value)}", metadata={"reason": reason.value})
+
+
+__all__ = [
+    "Changed",
+    "Colleagues",
+    "Council",
+    "CouncilConfig",
+    "CouncilStatus",
+    "LogView",
+    "Reading",
+    "Whole",
+    "refusal_error",
+]
