@@ -35,6 +35,16 @@ def refusal(
     return caught.value
 
 
+def test_the_metrics_listener_is_an_address_or_off(tmp_path: Path) -> None:
+    assert load(environ={}, folder=tmp_path).values()["listen.metrics"] == "127.0.0.1:7419"
+    off = load(environ={"FIELDMESH_LISTEN_METRICS": "off"}, folder=tmp_path)
+    assert off.config.listen.metrics is None
+    assert off.values()["listen.metrics"] == "off"
+    assert "off, or an address" in refusal({"listen.metrics": "x:y:z"}).message
+    same = refusal({"listen.metrics": "127.0.0.1:7420"})
+    assert same.field == "listen.metrics"
+
+
 # --- precedence --------------------------------------------------------------------------
 
 

@@ -34,13 +34,17 @@ FOREIGN = {
     "grpc_health": ("runtime/", "client/"),
     "grpc_reflection": ("runtime/",),
     "cryptography": ("runtime/",),
+    "prometheus_client": ("runtime/metrics",),
     "structlog": ("runtime/",),
     "starlette": ("gateway/",),
     "typer": ("cli/", "__main__"),
     "rich": ("cli/", "__main__"),
 }
 # What the base install does not bring.
-NODE_ONLY = ("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "numpy", "pycrdt", "structlog")
+NODE_ONLY = (
+    *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "numpy"),
+    *("prometheus_client", "pycrdt", "structlog"),
+)
 # What the core must not touch: it performs no I/O, has no clock and draws no randomness of its own.
 CORE_BANNED = frozenset(
     {

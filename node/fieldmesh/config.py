@@ -33,6 +33,7 @@ from fieldmesh.values import (
     Between,
     Many,
     Name,
+    OrOff,
     Port,
     Refused,
     Text,
@@ -45,6 +46,8 @@ CLIENT_PORT: Final = 7420
 PEER_PORT: Final = 7421
 CLIENT_ADDRESS: Final = Address(host="127.0.0.1", port=CLIENT_PORT)
 PEER_ADDRESS: Final = Address(host="127.0.0.1", port=PEER_PORT)
+METRICS_PORT: Final = 7419
+METRICS_ADDRESS: Final = Address(host="127.0.0.1", port=METRICS_PORT)
 FILE_BYTES_MAX: Final = 1_000_000
 FILE_NAME: Final = "fieldmesh.toml"
 
@@ -103,6 +106,9 @@ class ListenSlice:
 
     client: Annotated[Address, Port(CLIENT_PORT, least=0), "Listener for clients"] = CLIENT_ADDRESS
     peer: Annotated[Address, Port(PEER_PORT, least=0), "Listener for other nodes"] = PEER_ADDRESS
+    metrics: Annotated[
+        Address | None, Port(METRICS_PORT, least=0), OrOff(), "Listener for Prometheus (/metrics), or off"
+    ] = METRICS_ADDRESS
     advertise: Annotated[
         str,
         Text(253, "a host name or IP address without port, or nothing to find it out"),
@@ -226,17 +232,27 @@ class NodeConfig:
     def validate(self) -> None:
         """Raise ConfigError where options contradict each other."""
         _ = self.state_folder  # a home folder that does not exist is refused here
-        for key, address in (("listen.client", self.listen.client), ("listen.peer", self.listen.peer)):
-            if not self.listen.insecure and not is_loopback(address.host):
+        listen = self.listen
+        for key, address in (
+            ("listen.client", listen.client),
+            ("listen.peer", listen.peer),
+            ("listen.metrics", listen.metrics),
+        ):
+            if address is not None and not listen.insecure and not is_loopback(address.host):
                 raise ConfigError(
                     f"{key} is {address}, which others can reach, and this node has no certificates: bind to "
                     "127.0.0.1, or say --insecure (listen.insecure = true) where you trust the network.",
                     field=key,
                 )
-        if self.listen.client == self.listen.peer and self.listen.client.port != 0:
+        if listen.client == listen.peer and listen.client.port != 0:
             raise ConfigError(
-                f"listen.peer is {self.listen.peer}, the same as listen.client: two ports are needed.",
+                f"listen.peer is {listen.peer}, the same as listen.client: two ports are needed.",
                 field="listen.peer",
+            )
+        if listen.metrics in (listen.client, listen.peer) and listen.metrics.port != 0:
+            raise ConfigError(
+                f"listen.metrics is {listen.metrics}, as another listener: it needs a port of its own.",
+                field="listen.metrics",
             )
         if self.engine.prefill_chunk_tokens > self.engine.batch_tokens:
             raise ConfigError(
@@ -254,7 +270,12 @@ class NodeConfig:
 
 # --- the table of options ----------------------------------------------------------------
 
-_FLAGS: Final = {"listen.client": "--listen", "listen.peer": "--peer-listen", "discovery.seeds": "--seed"}
+_FLAGS: Final = {
+    "listen.client": "--listen",
+    "listen.peer": "--peer-listen",
+    "listen.metrics": "--metrics-listen",
+    "discovery.seeds": "--seed",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -454,6 +475,8 @@ def _get(config: NodeConfig, key: str) -> object:
 
 
 def _plain(value: object) -> object:
+    if value is None:
+        return "off"
     if isinstance(value, Address):
         return str(value)
     if isinstance(value, tuple):

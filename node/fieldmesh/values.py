@@ -59,6 +59,11 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class OrOff:
+    """The word ``off`` is accepted too, and means None."""
+
+
+@dataclass(frozen=True, slots=True)
 class Many:
     """Bound of a list."""
 
@@ -82,6 +87,11 @@ def read(kind: Any, rules: tuple[object, ...], value: object) -> object:
     def rule(wanted: type[Any]) -> Any:
         return next(entry for entry in rules if isinstance(entry, wanted))
 
+    if any(isinstance(entry, OrOff) for entry in rules):
+        try:
+            return None if value in ("off", None) else parse_address(value, rule(Port))
+        except Refused as refused:
+            raise Refused(f"off, or {refused.accepted}") from None
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if value not in choices:

@@ -14,7 +14,10 @@ import typer
 
 from fieldmesh.core.errors import ConfigError
 
-_NODE_PACKAGES: Final = ("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "pycrdt", "structlog")
+_NODE_PACKAGES: Final = (
+    *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp"),
+    *("prometheus_client", "pycrdt", "structlog"),
+)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")]
 
@@ -29,6 +32,10 @@ def serve(
     ] = None,
     peer_listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Listener for nodes. [default: 127.0.0.1:7421]")
+    ] = None,
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Listener for Prometheus, or off. [default: 127.0.0.1:7419]"),
     ] = None,
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST", help="Host that others should use. [default: found out]")
@@ -72,6 +79,7 @@ def serve(
         "node.drain_timeout_s": drain_timeout_s,
         "listen.client": listen,
         "listen.peer": peer_listen,
+        "listen.metrics": metrics_listen,
         "listen.advertise": advertise,
         "listen.insecure": insecure,
         "discovery.seeds": seed or None,

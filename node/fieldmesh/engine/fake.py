@@ -137,6 +137,7 @@ class FakeEngine(EngineFront):
 
     def recover(self) -> None:
         """Come back after ``lose``: an empty engine, ready."""
+        self.tally.restarts += self._task is not None
         seeds = count(1)
         loop = EngineLoop(self.settings, FakeModel(), new_seed=lambda: next(seeds))
         self._commands.clear()

@@ -130,11 +130,24 @@ class Tokenized(_Message, frozen=True):
     token_ids: tuple[int, ...]
 
 
+class StepTiming(_Message, frozen=True):
+    """One step: ``decoded`` sequences got their next token ``interval_s`` after the one before, ``prefilled``
+    tokens of prompts were computed, ``sampled`` tokens drawn, all in ``duration_s``."""
+
+    duration_s: float
+    interval_s: float
+    decoded: int
+    prefilled: int
+    sampled: int
+
+
 class Statistics(_Message, frozen=True):
-    """Sent with every step: how busy the engine is, and how many steps it has made."""
+    """Sent with every step: how busy the engine is, how many steps it has made, and how the last one went
+    (None where this is no step's report)."""
 
     load: Load
     steps: int
+    timing: StepTiming | None = None
 
 
 Report = Loading | Ready | Failed | Accepted | Tokens | Done | Tokenized | Statistics

@@ -33,6 +33,7 @@ from fieldmesh.engine.loads import LoadWatch
 from fieldmesh.engine.port import EngineInfo, Job, JobEvent
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.engine.streams import Streams
+from fieldmesh.engine.tally import EngineTally
 
 TOKENIZE_WAITING_MAX = 64
 
@@ -46,6 +47,7 @@ class EngineFront(ABC):
         self.info: EngineInfo | None = None
         self.last_loss = ""
         self.steps = 0
+        self.tally = EngineTally()
         self._watch = LoadWatch(settings)
         self._tokenizing: dict[int, asyncio.Future[tuple[int, ...]]] = {}
         self._streams = Streams(
@@ -117,7 +119,13 @@ class EngineFront(ABC):
     def _take(self, report: Report) -> None:
         """Bring one report to whom it concerns. Raises the error of a failed load (key 0)."""
         match report:
-            case Accepted() | Tokens() | Done():
+            case Tokens():
+                self._streams.take(report)
+            case Accepted():
+                self.tally.accepted(report)
+                self._streams.take(report)
+            case Done():
+                self.tally.done(report)
                 self._streams.take(report)
             case Failed() if report.key == 0:
                 raise rebuilt(report)
@@ -130,6 +138,8 @@ class EngineFront(ABC):
                     future.set_result(report.token_ids)
             case Statistics():
                 self.steps = report.steps
+                if report.timing is not None:
+                    self.tally.stepped(report.timing)
                 self._watch.set_statistics(report.load)
             case Ready():
                 self.info = report.info

@@ -113,6 +113,7 @@ class EngineProcess(EngineFront):
             self._lose(EngineState.LOST, reason)
             delay = self.settings.restart_backoff_s * 2 ** (recent - 1)
             await asyncio.sleep(min(delay, self.settings.restart_backoff_max_s))
+            self.tally.restarts += 1
 
     def _give_up(self, error: FieldmeshError) -> None:
         self._lose(EngineState.FAILED, error.message)

@@ -29,6 +29,7 @@ from fieldmesh.engine.frames import (
     Report,
     Resume,
     Statistics,
+    StepTiming,
     Submit,
     Tokenize,
     Tokenized,
@@ -129,6 +130,7 @@ class EngineLoop:
         self._model = model
         self._new_seed = new_seed
         self._generations: dict[str, _Generation] = {}
+        self._stepped_at = 0.0
         source = settings.chat_template or model.chat_template
         self._chat = ChatTemplate(source, bos=model.bos, eos=model.eos) if source else None
 
@@ -292,6 +294,7 @@ class EngineLoop:
 
     def run(self, plan: StepPlan, clock: Callable[[], float]) -> list[Report]:
         """Compute ``plan``, draw, commit. Raises Internal where the model itself fails."""
+        began = clock()
         self._model.place(plan.places)
         rows = self._model.run(plan.slices)
         sampled: list[Sampled] = []
@@ -301,9 +304,19 @@ class EngineLoop:
                 stop = generation.take(token, self._model.piece(token))
                 sampled.append(Sampled(id=generation_id, token_id=token, stop=stop))
         reports: list[Report] = []
-        for output in self.batcher.commit(sampled, clock()):
+        now = clock()
+        for output in self.batcher.commit(sampled, now):
             reports.extend(self._report(output))
-        reports.append(self.statistics())
+        decoded = sum(s.position > 0 and len(s.token_ids) == 1 for s in plan.slices)
+        timing = StepTiming(
+            duration_s=now - began,
+            interval_s=now - self._stepped_at,
+            decoded=decoded,
+            prefilled=plan.tokens - decoded,
+            sampled=len(sampled),
+        )
+        self._stepped_at = now
+        reports.append(Statistics(self.batcher.load(), self.batcher.steps, timing))
         return reports
 
     def _report(self, output: Output) -> list[Report]:

@@ -1,7 +1,7 @@
 """The border between our errors and gRPC's: every method that a server offers passes through here.
 
-Owns: translating what a method raises into a coded status with details, and the request id on the log lines
-that a call causes. Must not: know any method.
+Owns: translating what a method raises into a coded status with details, the request id on the log lines
+that a call causes, and counting calls by how they ended. Must not: know any method.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.message_factory import GetMessageClass
 
-from fieldmesh.core.errors import FieldmeshError, Internal, InvalidRequest, SlowReader
+from fieldmesh.core.errors import Cancelled, FieldmeshError, Internal, InvalidRequest, SlowReader
+from fieldmesh.core.tally import Counts
 from fieldmesh.rpc.errors import clipped, error_metadata
 from fieldmesh.runtime import log
 
@@ -33,9 +35,20 @@ Stream = Callable[[Any, Request, Context], AsyncIterator[Response]]
 WRITE_TIMEOUT_S = 60.0
 """How long one message may wait for a caller that does not read."""
 
+ENDINGS_MAX = 512
+OK = "OK"
+Calls = Counts[tuple[str, str]]
+"""Calls by full method name and the code that they ended with: ``OK``, or that of an error."""
+
+_ending: ContextVar[list[str]] = ContextVar("ending")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 logger = log.get()
+
+
+def no_calls() -> Calls:
+    """No calls yet; methods and codes are few, and what a defect adds to them is bounded."""
+    return Counts(ENDINGS_MAX, ("other", "other"))
 
 
 def new_request_id() -> str:
@@ -57,6 +70,8 @@ def _request_id(request: Any) -> str:
 
 
 async def _refuse(context: Context, error: FieldmeshError) -> None:
+    if ending := _ending.get(None):
+        ending[0] = error.code
     logger.info("request_refused", code=error.code, error=error.message, field=error.field)
     await context.abort(_CODES[error.status.value], clipped(error.message), error_metadata(error))
 
@@ -78,12 +93,15 @@ class Malformed:
     message: str
 
 
-def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
-    """What a server is given for the methods of ``service`` that ``servicer`` has.
+def handlers(
+    service: ServiceDescriptor, servicer: object, calls: Calls | None = None
+) -> grpc.GenericRpcHandler:
+    """What a server is given for the methods of ``service`` that ``servicer`` has; ``calls`` counts them.
 
     Unlike with the generated code, bytes that cannot be parsed reach the method's guard, which answers with a
     coded error; gRPC itself would say UNKNOWN and write a traceback.
     """
+    calls = no_calls() if calls is None else calls
     found: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
     for method in service.methods:
         behaviour = getattr(servicer, method.name, None)
@@ -94,11 +112,31 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
                 else grpc.unary_unary_rpc_method_handler
             )
             found[method.name] = make(
-                behaviour,
+                _counted(behaviour, method.full_name, calls),
                 request_deserializer=functools.partial(_parsed, GetMessageClass(method.input_type)),
                 response_serializer=GetMessageClass(method.output_type).SerializeToString,
             )
     return grpc.method_handlers_generic_handler(service.full_name, found)
+
+
+def _counted(
+    behaviour: Callable[[Any, Context], Awaitable[Any]], method: str, calls: Calls
+) -> Callable[[Any, Context], Awaitable[Any]]:
+    """``behaviour``, counted when it ends."""
+
+    @functools.wraps(behaviour)
+    async def wrapper(request: Any, context: Context) -> Any:
+        ending = [OK]
+        _ending.set(ending)
+        try:
+            return await behaviour(request, context)
+        except asyncio.CancelledError:
+            ending[0] = Cancelled.code
+            raise
+        finally:
+            calls.add((method, ending[0]))
+
+    return wrapper
 
 
 def _parsed(kind: type[ProtoMessage], data: bytes) -> ProtoMessage | Malformed:

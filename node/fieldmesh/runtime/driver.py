@@ -62,7 +62,7 @@ class Driver:
         caller = Caller(node=local, mesh=mesh.membership.mesh)
         self.gate = Gate(caller)
         self.links = Links(caller, self._link_failed, links_config)
-        self.receiver = Receiver(self._received, links_config)
+        self.receiver = Receiver(self._received, links_config, self.links.bytes)
         self.malformed = 0
         self._mesh = mesh
         self._local = local

@@ -13,6 +13,7 @@ from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.errors import error_from_call
 from fieldmesh.runtime import log
+from fieldmesh.runtime.links import Lane, PeerBytes
 from fieldmesh.v1 import inference_pb2, peer_pb2, peer_pb2_grpc
 
 HOP_BUDGET_S = 0.02
@@ -27,8 +28,9 @@ Channels = Callable[[Address], grpc.aio.Channel]
 class Forwarder:
     """Runs requests at peers, over channels that are kept warm."""
 
-    def __init__(self, channels: Channels) -> None:
+    def __init__(self, channels: Channels, counted: PeerBytes) -> None:
         self._channels = channels
+        self._bytes = counted
 
     async def run(
         self,
@@ -57,8 +59,11 @@ class Forwarder:
         else:
             request.generate.CopyFrom(wire.generate_from_ask(ask))
         call = self._stub(candidate.member).Forward(request, timeout=max(0.001, deadline_s - HOP_BUDGET_S))
+        peer = candidate.member.id, Lane.TOKENS.value
+        self._bytes.sent.add(peer, request.ByteSize())
         try:
             async for response in call:
+                self._bytes.received.add(peer, response.ByteSize())
                 match response.WhichOneof("response"):
                     case "admitted":
                         yield Started(prompt_tokens=response.admitted.prompt_tokens)

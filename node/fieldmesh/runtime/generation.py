@@ -85,6 +85,7 @@ class Generation:
         path: tuple[NodeId, ...],
         hops_left: int,
         rng: Random,
+        on_result: Callable[[Result], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         # What a change of the mesh starts later still belongs to this request: its log lines say so.
@@ -97,6 +98,7 @@ class Generation:
         self.ended_at = 0.0
         self._need = need_of(ask, path=path, hops_left=hops_left)
         self._router = router
+        self._on_result = on_result
         self._run_attempt = run_attempt
         self._chunks: list[Chunk] = []
         self._changed = asyncio.Event()
@@ -204,6 +206,7 @@ class Generation:
                 case Deliver():
                     self._chunks.append(effect.chunk)
                 case Finish():
+                    self._on_result(effect.result)
                     self._end(effect.result)
                 case Fail():
                     self._end(effect.error)

@@ -21,6 +21,7 @@ import grpc.aio
 
 from fieldmesh.core.errors import Draining
 from fieldmesh.core.model import Address, NodeId
+from fieldmesh.core.tally import Counts
 from fieldmesh.rpc.wire import CONTROL_BYTES_MAX
 from fieldmesh.runtime.gate import CONTROL_METHOD, Caller
 
@@ -60,6 +61,21 @@ class Lane(Enum):
     CONTROL = "control"
     TOKENS = "tokens"
     BULK = "bulk"
+
+
+PEERS_COUNTED_MAX = 64
+
+
+class PeerBytes:
+    """Bytes of messages to and from other nodes, by node id and lane; ``other`` beyond the first 64 nodes."""
+
+    def __init__(self) -> None:
+        self.sent = _no_bytes()
+        self.received = _no_bytes()
+
+
+def _no_bytes() -> Counts[tuple[str, str]]:
+    return Counts(PEERS_COUNTED_MAX * len(Lane), ("other", "other"))
 
 
 OnFailed = Callable[[Address, NodeId | None, str], None]
@@ -123,6 +139,7 @@ class Links:
         self.credentials = credentials
         self.on_failed = on_failed
         self.sent = self.dropped = self.failures = 0
+        self.bytes = PeerBytes()
         self._links: dict[Address, _Link] = {}
         self._closing: dict[asyncio.Task[None], _Link] = {}
         self._closed = False
@@ -299,6 +316,8 @@ class _Link:
                     self._outgoing_bytes -= len(data)
                     await call.write(data)
                     self._links.sent += 1
+                    if self._to is not None:
+                        self._links.bytes.sent.add((self._to, Lane.CONTROL.value), len(data))
                 self.drained.set()
                 await self._wait()
         except grpc.aio.AioRpcError as error:

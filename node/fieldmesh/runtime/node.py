@@ -47,9 +47,9 @@ from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.runtime import addresses, inference, log
+from fieldmesh.runtime import addresses, inference, log, scrapes
 from fieldmesh.runtime.discovery import Multicast, Seeds, repeat_hints
-from fieldmesh.runtime.door import handlers
+from fieldmesh.runtime.door import handlers, no_calls
 from fieldmesh.runtime.driver import Driver
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import GenerationConfig
@@ -58,6 +58,7 @@ from fieldmesh.runtime.identity import EnvelopeSealer
 from fieldmesh.runtime.identity import Identity as Key
 from fieldmesh.runtime.links import LinksConfig, server_options
 from fieldmesh.runtime.local import Hosted, LocalRuns
+from fieldmesh.runtime.metrics import Metrics, Sources
 from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
@@ -118,6 +119,8 @@ class Node:
         self.profile: Profile = profiles.load(config.node.profile)
         self.client_address = config.listen.client
         self.peer_address = config.listen.peer
+        self.metrics_address: Address | None = None
+        self._calls = no_calls()
         self._rng = Random(SystemRandom().getrandbits(64))
         self._draining = False
 
@@ -151,6 +154,9 @@ class Node:
         stack.push_async_callback(self._service.close)
         stack.push_async_callback(self._engine.close)
         self._driver.observe(self._service.view_changed)
+        self.metrics_address = await stack.enter_async_context(
+            scrapes.listening(config.listen.metrics, self._metrics().page)
+        )
         await stack.enter_async_context(self._background(folder))
         logger.info(
             "node_started",
@@ -160,6 +166,7 @@ class Node:
             profile=self.profile.name,
             client=str(self.client_address),
             peer=str(self.peer_address),
+            metrics=str(self.metrics_address or "off"),
         )
 
     @property
@@ -216,7 +223,7 @@ class Node:
             view=lambda: self._driver.view,
             router=router,
             local=LocalRuns({self.profile.name: hosted}),
-            forwarder=Forwarder(self._driver.links.tokens),
+            forwarder=Forwarder(self._driver.links.tokens, self._driver.links.bytes),
             config=service_config(config),
             rng=self._rng,
         )
@@ -237,8 +244,8 @@ class Node:
         mesh = inference.Mesh(self._service, self.config.node.mesh)
         server.add_generic_rpc_handlers(
             (
-                handlers(inference.INFERENCE, inference.Inference(self._service, limits)),
-                handlers(inference.MESH, mesh),
+                handlers(inference.INFERENCE, inference.Inference(self._service, limits), self._calls),
+                handlers(inference.MESH, mesh, self._calls),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
@@ -252,10 +259,20 @@ class Node:
 
     def _peer_server(self, limits: RequestLimits, links_config: LinksConfig) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=(self._driver.gate,), options=server_options(links_config))
-        server.add_generic_rpc_handlers(
-            (self._driver.receiver.handler(), Peers(self._service, limits).handler())
-        )
+        peers = Peers(self._service, limits, self._driver.links.bytes)
+        server.add_generic_rpc_handlers((self._driver.receiver.handler(), peers.handler(self._calls)))
         return server
+
+    def _metrics(self) -> Metrics:
+        return Metrics(
+            Sources(
+                view=lambda: self._driver.view,
+                engines=lambda: (self._engine,),
+                service=self._service,
+                calls=self._calls,
+                peer_bytes=self._driver.links.bytes,
+            )
+        )
 
     # --- news between parts ------------------------------------------------------------------
 

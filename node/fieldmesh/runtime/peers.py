@@ -5,6 +5,7 @@ Owns: running what others forward here, or passing it on while hops are left. Mu
 
 from __future__ import annotations
 
+from asyncio import get_running_loop
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -14,7 +15,9 @@ from fieldmesh.core.errors import HopLimit, InvalidRequest, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
-from fieldmesh.runtime.door import Context, guarded, guarded_stream, handlers
+from fieldmesh.runtime.door import Calls, Context, guarded, guarded_stream, handlers
+from fieldmesh.runtime.gate import caller_of
+from fieldmesh.runtime.links import Lane, PeerBytes
 from fieldmesh.runtime.service import Service
 from fieldmesh.v1 import inference_pb2, peer_pb2
 
@@ -24,13 +27,14 @@ PATH_NODES_MAX = 16
 class Peers:
     """The requests of ``PeerService``; Control is ``links.Receiver``'s, which keeps bytes as bytes."""
 
-    def __init__(self, service: Service, limits: wire.RequestLimits) -> None:
+    def __init__(self, service: Service, limits: wire.RequestLimits, counted: PeerBytes) -> None:
         self._service = service
         self._limits = limits
+        self._bytes = counted
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self, calls: Calls) -> grpc.GenericRpcHandler:
         """What the peer's server is given beside the receiver's handler."""
-        return handlers(peer_pb2.DESCRIPTOR.services_by_name["PeerService"], self)
+        return handlers(peer_pb2.DESCRIPTOR.services_by_name["PeerService"], self, calls)
 
     @guarded_stream
     async def Forward(
@@ -48,14 +52,20 @@ class Peers:
                 f"This node does not serve profile {request.profile!r} (any more) and may not pass it on",
                 field="profile",
             )
+        caller = caller_of(context.invocation_metadata())
+        peer = caller.node if caller else "other", Lane.TOKENS.value
+        self._bytes.received.add(peer, request.ByteSize())
         async with aclosing(responses):
             async for response in responses:
+                self._bytes.sent.add(peer, response.ByteSize())
                 yield response
 
     async def _run_here(
         self, request: peer_pb2.ForwardRequest, ask: Ask, deadline_s: float | None
     ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
         local, entry = self._service.local, self._service.entry
+        clock, first_token_at = get_running_loop().time, 0.0
+        began = clock()
         events = local.run(
             ask,
             profile=request.profile,
@@ -70,8 +80,11 @@ class Peers:
                         admitted = peer_pb2.Admitted(prompt_tokens=event.prompt_tokens)
                         yield peer_pb2.ForwardResponse(admitted=admitted)
                     case Chunk():
+                        first_token_at = first_token_at or clock()
                         yield peer_pb2.ForwardResponse(chunk=wire.chunk_to_proto(event))
                     case Completion():
+                        ttft_s = first_token_at - began if first_token_at else 0.0
+                        self._service.latencies.observe("for_peer", ttft_s, clock() - began)
                         complete = inference_pb2.Complete(
                             request_id=ask.request_id,
                             generation_id=request.generation_id,

@@ -14,7 +14,7 @@ import grpc.aio
 from fieldmesh.core.errors import Draining, FieldmeshError, InvalidRequest, TooManyStreams
 from fieldmesh.core.model import NodeId
 from fieldmesh.runtime.gate import CONTROL_METHOD, Context, caller_of, refuse
-from fieldmesh.runtime.links import LinksConfig
+from fieldmesh.runtime.links import Lane, LinksConfig, PeerBytes
 
 OnReceived = Callable[[NodeId, bytes], None]
 """A message came on a stream that this node opened."""
@@ -27,9 +27,12 @@ class Receiver:
     ``streams_per_peer_max`` the oldest is ended.
     """
 
-    def __init__(self, on_received: OnReceived, config: LinksConfig | None = None) -> None:
+    def __init__(
+        self, on_received: OnReceived, config: LinksConfig | None = None, counted: PeerBytes | None = None
+    ) -> None:
         self.config = config or LinksConfig()
         self.received = self.refused = 0
+        self.bytes = counted or PeerBytes()
         self._closed = False
         self._on_received = on_received
         self._streams: dict[NodeId, list[asyncio.Task[Any]]] = {}
@@ -86,6 +89,7 @@ class Receiver:
                     self.refused += 1
                 else:
                     self.received += 1
+                    self.bytes.received.add((sender, Lane.CONTROL.value), len(message))
                     self._on_received(sender, message)
         except asyncio.CancelledError:
             if task in tasks:

@@ -11,8 +11,10 @@ from random import Random
 
 from fieldmesh.core.catalogue import Index
 from fieldmesh.core.classify import Classifier
+from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import Ask, MeshView, NodeId, Prompt
 from fieldmesh.core.routing import Candidate, Decision, Need, Policy, choose
+from fieldmesh.core.tally import Counts
 from fieldmesh.core.traffic import Traffic
 
 # Rough, and only used to compare nodes: a token has about four bytes of most scripts.
@@ -21,6 +23,7 @@ from fieldmesh.runtime import log
 BYTES_PER_TOKEN = 4
 MAX_TOKENS_PRIOR = 256
 TRAINING_WAIT_S = 2.0
+DECISIONS_MAX = 64
 
 logger = log.get()
 
@@ -58,6 +61,7 @@ class Router:
     """Routing over the latest view; belongs to one event loop."""
 
     def __init__(self, view: MeshView, *, policy: Policy, rng: Random) -> None:
+        self.decisions: Counts[tuple[str, str]] = Counts(DECISIONS_MAX, ("other", "other"))
         self._index = Index.of(view)
         self._policy = policy
         self._rng = rng
@@ -76,8 +80,21 @@ class Router:
             self._training = asyncio.create_task(self._train())
 
     def choose(self, need: Need, *, explain: bool = False) -> Decision:
-        """Who should serve this. Raises what ``core.routing.choose`` raises."""
-        return choose(need, self._index, self._traffic, self._rng, policy=self._policy, explain=explain)
+        """Who should serve this. Raises what ``core.routing.choose`` raises.
+
+        ``decisions`` counts by what the decision followed (profile, model, domain, classified, open, or
+        fallback where nobody of the domain could serve) and what came of it (local, peer, refused).
+        """
+        asked = "profile" if need.profile else "model" if need.model else "domain" if need.domain else "open"
+        try:
+            made = choose(need, self._index, self._traffic, self._rng, policy=self._policy, explain=explain)
+        except FieldmeshError:
+            self.decisions.add((asked, "refused"))
+            raise
+        reason = "fallback" if made.fallback else "classified" if asked == "open" and made.domain else asked
+        chosen = made.candidates[0].member.id
+        self.decisions.add((reason, "local" if chosen == self._index.view.local else "peer"))
+        return made
 
     def begin(self, key: str, candidate: Candidate, need: Need) -> None:
         """The request of this key is with this candidate now."""

@@ -28,6 +28,7 @@ from fieldmesh.core.model import (
     Target,
 )
 from fieldmesh.core.routing import Need
+from fieldmesh.core.tally import Histogram
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.local import LocalRuns
@@ -35,6 +36,9 @@ from fieldmesh.runtime.router import Router, need_of
 
 ABORT_TIMEOUT_S = 2.0
 SWEEP_INTERVAL_S = 10.0
+TTFT_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+LATENCY_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+ROUTES = ("local", "forwarded", "for_peer")
 _WORTH_ASKING = (NodeState.ALIVE, NodeState.SUSPECT)
 
 
@@ -46,6 +50,21 @@ class ServiceConfig:
     hops_max: int = 2
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     generations: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+class Latencies:
+    """How long requests took that were answered, by route: asked and answered here, asked here and answered
+    elsewhere, answered here for a peer. Seconds from their arrival at this node."""
+
+    def __init__(self) -> None:
+        self.ttft_s = {route: Histogram(TTFT_BOUNDS_S) for route in ROUTES}
+        self.duration_s = {route: Histogram(LATENCY_BOUNDS_S) for route in ROUTES}
+
+    def observe(self, route: str, ttft_s: float, duration_s: float) -> None:
+        """Count one answer; ``ttft_s`` is 0 where it had no token."""
+        if ttft_s:
+            self.ttft_s[route].observe(ttft_s)
+        self.duration_s[route].observe(duration_s)
 
 
 class Service:
@@ -65,6 +84,7 @@ class Service:
         self.entry = entry
         self.local = local
         self.router = router
+        self.latencies = Latencies()
         self._view = view
         self._forwarder = forwarder
         self._config = config
@@ -133,10 +153,15 @@ class Service:
             path=path,
             hops_left=hops_left,
             rng=self._rng,
+            on_result=self._count,
         )
         self._generations.add(generation, asyncio.get_running_loop().time())
         generation.begin()
         return generation
+
+    def _count(self, result: Result) -> None:
+        route = "local" if result.served_by == self.entry.node else "forwarded"
+        self.latencies.observe(route, result.ttft_s, result.duration_s)
 
     def _run_attempt(self, generation: Generation, start: Start) -> AsyncIterator[AttemptEvent]:
         candidate = start.candidate
