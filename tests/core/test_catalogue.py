@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from mesh_views import CODE, CODE_OFFER, GENERAL_OFFER, HEALTH_OFFER, IDLE, member, three, view
 
 from fieldmesh.core.catalogue import Index
 from fieldmesh.core.classify import Classifier
+from fieldmesh.core.errors import DomainNotFound
 
 
 def test_a_changed_load_keeps_the_catalogue() -> None:
@@ -50,3 +52,28 @@ def test_a_domain_that_several_nodes_declare_is_learned_from_all_their_words() -
     index = Index.of(view(*three(), member("d", other)))
     programming = next(d for d in index.domains if d.name == "programming")
     assert set(programming.examples) == {*CODE.examples, "Explain this stack trace"}
+
+
+def test_the_mesh_says_who_owns_a_domain_and_whom_it_prefers() -> None:
+    owners = {"first_aid": ("code", "health")}
+    index = Index.of(view(*three()), owners=owners)
+    groups = index.catalogue.groups("", "", "first_aid")
+    names = [([offer.profile.name for offer in group.offers], group.fallback) for group in groups]
+    assert names[:3] == [(["code"], False), (["health"], False), (["general"], True)]
+    assert index.catalogue.groups("", "", "programming") == Index.of(view(*three())).catalogue.groups(
+        "", "", "programming"
+    )
+
+
+def test_a_domain_that_only_the_mesh_knows_can_be_wished_for_if_somebody_offers_its_profile() -> None:
+    index = Index.of(view(*three()), owners={"law": ("general",), "art": ("painter",)})
+    assert [o.profile.name for o in index.catalogue.groups("", "", "law")[0].offers] == ["general"]
+    with pytest.raises(DomainNotFound):
+        index.catalogue.groups("", "", "art")
+
+
+def test_other_owners_make_a_new_catalogue() -> None:
+    mesh = view(*three())
+    index = Index.of(mesh, owners={"law": ("general",)})
+    assert Index.of(mesh, index, {"law": ("general",)}).catalogue is index.catalogue
+    assert Index.of(mesh, index).catalogue is not index.catalogue

@@ -292,6 +292,15 @@ def test_the_idle_node_is_preferred_to_the_busy_one() -> None:
     assert served_by(decide(mesh)) == "b"
 
 
+def test_a_profile_of_higher_weight_is_chosen_as_if_its_node_were_faster() -> None:
+    mesh = view(member("a", GENERAL_OFFER), member("b", replace(GENERAL_OFFER, name="big")))
+    need = Need(prompt_tokens=50, max_tokens=100)
+    for weights, best in (({}, "a"), ({"big": 4.0}, "b"), ({"general": 4.0}, "a")):
+        decision = choose(need, Index.of(mesh), Traffic(), Random(0), weights=weights, explain=True)
+        assert served_by(decision) == best
+        assert ("weight 4" in decision.considered[0].reason) is bool(weights)
+
+
 def test_the_faster_node_is_preferred() -> None:
     fast = replace(IDLE, decode_tokens_per_s=300.0)
     assert served_by(decide(view(member("a", GENERAL_OFFER), member("b", GENERAL_OFFER, load=fast)))) == "b"

@@ -273,7 +273,7 @@ class TestSchema:
             ("domains/health", '{"profiles": ["medic", "general"]}'),
             ("routing/policy", '"least-loaded"'),
             ("routing/weights", '{"medic": 2.5}'),
-            ("limits/queue_max", "64"),
+            ("limits/streams_max", "64"),
             ("quotas/team-a", '{"tokens_per_minute": 100000}'),
             ("voters/policy", '{"automatic": true, "target": 5, "stable_s": 30}'),
             ("revocations/" + "0f" * 16, '{"reason": "stolen"}'),

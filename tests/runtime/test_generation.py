@@ -13,6 +13,7 @@ from random import Random
 import pytest
 
 from fieldmesh.core.dispatch import DispatchConfig, Entry, Phase, Start
+from fieldmesh.core.effective import Rules
 from fieldmesh.core.errors import Cancelled, EngineLost, FieldmeshError, Internal, RequestIdReused
 from fieldmesh.core.model import (
     Address,
@@ -33,7 +34,6 @@ from fieldmesh.core.model import (
     Row,
     Usage,
 )
-from fieldmesh.core.routing import Policy
 from fieldmesh.engine.port import Started
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.router import Router
@@ -75,7 +75,7 @@ def generation(script: Script, ask: Ask = ASK, *, lag_tokens_max: int = 100) -> 
         ask,
         generation_id="g",
         entry=Entry(node=A, name="a"),
-        router=Router(view, policy=Policy.EXPECTED_TIME, rng=Random(1)),
+        router=Router(view, rules=Rules(), rng=Random(1)),
         run_attempt=lambda _, start: script(start),
         dispatch_config=DispatchConfig(attempts_max=2),
         lag_tokens_max=lag_tokens_max,

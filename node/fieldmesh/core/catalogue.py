@@ -4,13 +4,14 @@ Must not: know how busy anybody is, or choose (``routing`` does).
 
 *Who may answer* (``Catalogue.groups``): a profile or model is a demand: nobody else will do. A domain is a
 wish: its owners, else a generalist, else anyone, the latter two with ``fallback``. With nothing said a
-generalist answers without being a fallback.
+generalist answers without being a fallback. Who owns a domain is what the profiles declare, unless the mesh's
+configuration says otherwise (``owners``: profiles by domain, the preferred first).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fieldmesh.core.classify import Classifier, merged, training_digest
@@ -52,12 +53,14 @@ class Catalogue:
         "domain_names",
         "domains",
         "models",
+        "owners",
         "profiles",
         "rows",
         "training_digest",
     )
 
-    def __init__(self, view: MeshView) -> None:
+    def __init__(self, view: MeshView, owners: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        self.owners = owners or {}
         self.rows: tuple[tuple[NodeId, Row | None], ...] = tuple((m.id, m.row) for m in view.members)
         self._local = next((i for i, m in enumerate(view.members) if m.id == view.local), -1)
         self._offers = tuple(
@@ -70,7 +73,9 @@ class Catalogue:
         self.profiles = frozenset(o.profile.name for o in self._offers)
         self.models = frozenset(o.profile.model for o in self._offers)
         self.domains: tuple[Domain, ...] = merged(d for o in self._offers for d in o.profile.domains)
-        self.domain_names = frozenset(d.name for d in self.domains)
+        self.domain_names = frozenset(d.name for d in self.domains).union(
+            name for name, profiles in self.owners.items() if self.profiles.intersection(profiles)
+        )
         self.training_digest = training_digest(self.domains)
 
     def describes(self, view: MeshView) -> bool:
@@ -100,9 +105,6 @@ class Catalogue:
         def allowed(offer: ProfileOffer) -> bool:
             return (not profile or offer.name == profile) and (not model or offer.model == model)
 
-        def owns(offer: ProfileOffer) -> bool:
-            return any(d.name == domain for d in offer.domains)
-
         demanded = [o for o in self._offers if allowed(o.profile)]
         if not demanded and profile and model:
             raise ProfileNotFound(
@@ -112,13 +114,20 @@ class Catalogue:
             )
         generalists = [o for o in demanded if o.profile.generalist]
         if domain:
-            owners = [o for o in demanded if owns(o.profile)]
-            wishes = [(owners, False), (generalists, True), (demanded, True)]
+            wishes = [(owners, False) for owners in self._owners(demanded, domain)]
+            wishes += [(generalists, True), (demanded, True)]
         elif profile or model:
             wishes = [(demanded, False)]
         else:
             wishes = [(generalists, False), (demanded, True)]
         return tuple(self._group(offers, fallback) for offers, fallback in wishes if offers)
+
+    def _owners(self, offers: Sequence[Offer], domain: str) -> list[list[Offer]]:
+        """Those of ``offers`` who own a domain, the preferred first."""
+        profiles = self.owners.get(domain)
+        if profiles is not None:
+            return [[o for o in offers if o.profile.name == profile] for profile in profiles]
+        return [[o for o in offers if any(d.name == domain for d in o.profile.domains)]]
 
     def _group(self, offers: Sequence[Offer], fallback: bool) -> Group:
         """One profile a node: a generalist rather than a specialist, then the highest tier, then by name."""
@@ -139,12 +148,18 @@ class Index:
     classifier: Classifier | None = None
 
     @classmethod
-    def of(cls, view: MeshView, previous: Index | None = None) -> Index:
+    def of(
+        cls,
+        view: MeshView,
+        previous: Index | None = None,
+        owners: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> Index:
         """Index a view; what did not change since ``previous`` is kept."""
         if previous is None:
-            return cls(view=view, catalogue=Catalogue(view))
+            return cls(view=view, catalogue=Catalogue(view, owners))
         same = previous.view.local == view.local and previous.catalogue.describes(view)
-        catalogue = previous.catalogue if same else Catalogue(view)
+        same = same and previous.catalogue.owners == (owners or {})
+        catalogue = previous.catalogue if same else Catalogue(view, owners)
         return cls(view=view, catalogue=catalogue, classifier=previous.classifier)
 
     @property

@@ -23,7 +23,7 @@ wish spills to a generalist: an answer beats a refusal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
@@ -99,6 +99,9 @@ class Policy(Enum):
                 + what_exists("policies", [p.value for p in cls], name),
                 field="routing.policy",
             ) from None
+
+
+_WEIGHTED = (Policy.EXPECTED_TIME, Policy.LEAST_LOADED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +233,7 @@ class _Inquiry:
     traffic: Traffic
     rng: Random
     policy: Policy
+    weights: Mapping[str, float]
     tried: frozenset[NodeId] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -299,8 +303,10 @@ class _Inquiry:
                 score = lambda _: self.rng.random()  # noqa: E731
             case _:
                 assert_never(self.policy)
+        weights = self.weights if self.policy in _WEIGHTED else {}
         return [
-            Candidate(member=m, offer=o.profile, score=score(m)) for m, o in zip(members, offers, strict=True)
+            Candidate(member=m, offer=o.profile, score=score(m) / weights.get(o.profile.name, 1.0))
+            for m, o in zip(members, offers, strict=True)
         ]
 
     def estimate(self, member: Member, speeds: Speeds) -> Estimate:
@@ -339,15 +345,17 @@ def choose(
     rng: Random,
     *,
     policy: Policy = Policy.EXPECTED_TIME,
+    weights: Mapping[str, float] | None = None,
     explain: bool = False,
 ) -> Decision:
-    """Decide who serves a request.
+    """Decide who serves a request. ``weights`` (by profile, above 0) divide what expected-time and
+    least-loaded rank by: a profile of weight 2 is chosen as if its nodes were twice as fast.
 
     Raises ProfileNotFound, ModelNotFound, DomainNotFound (nobody ever offered it), NoCandidate (known, but
     nobody can be reached), QueueFull (reachable, but all are full; with ``retry_after_s``), HopLimit
     (somebody could, but the request may not travel further).
     """
-    inquiry = _Inquiry(need, index, traffic, rng, policy)
+    inquiry = _Inquiry(need, index, traffic, rng, policy, weights or {})
     domain = need.domain
     classification = None
     if need.text and index.classifier is not None and not (need.profile or need.model or domain):
@@ -418,6 +426,9 @@ def _in_words(inquiry: _Inquiry, candidate: Candidate, speeds: Speeds, *, is_ful
             assert_never(inquiry.policy)
     if not member.load.decode_tokens_per_s:
         words.append("its speed is not measured yet")
+    weight = inquiry.weights.get(candidate.offer.name, 1.0) if inquiry.policy in _WEIGHTED else 1.0
+    if weight != 1.0:
+        words.append(f"weight {weight:g}")
     if candidate.offer.tier != 1:
         words.append(f"tier {candidate.offer.tier}")
     if member.id == inquiry.index.view.local:

@@ -21,12 +21,12 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 FINGERPRINT = re.compile(r"[0-9a-f]{32,128}")
 
 ROUTING_POLICIES: Final = ("expected-time", "round-robin", "least-loaded", "random")
+ROUTING_WEIGHT_MIN: Final = 0.01
 ROUTING_WEIGHT_MAX: Final = 100.0
 LIMITS: Final = {
     "prompt_tokens_max": 1_000_000,
     "output_tokens_max": 1_000_000,
     "streams_max": 10_000,
-    "queue_max": 10_000,
     "hops_max": 8,
     "request_bytes_max": 64 * 1024 * 1024,
 }
@@ -146,7 +146,7 @@ def _routing(rest: str, value: Any, key: str) -> None:
         raise InvalidRequest(f"{key} must be an object from profile names to weights", field=key)
     for name, weight in value.items():
         _name(name, key)
-        _number(weight, f"{key}.{name}", 0.0, ROUTING_WEIGHT_MAX)
+        _number(weight, f"{key}.{name}", ROUTING_WEIGHT_MIN, ROUTING_WEIGHT_MAX)
 
 
 def _limit(rest: str, value: Any, key: str) -> None:

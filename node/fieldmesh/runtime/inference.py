@@ -5,7 +5,7 @@ Owns: translation between the wire and the service. Must not: decide anything.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from fieldmesh.core.model import Ask, Chunk, EngineState, Member, NodeState, Result
@@ -22,7 +22,7 @@ MESH = mesh_pb2.DESCRIPTOR.services_by_name["MeshService"]
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
     """``InferenceService`` at this node."""
 
-    def __init__(self, service: Service, limits: wire.RequestLimits) -> None:
+    def __init__(self, service: Service, limits: Callable[[], wire.RequestLimits]) -> None:
         self._service = service
         self._limits = limits
 
@@ -30,7 +30,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        async with aclosing(self._answer(wire.ask_from_generate(request, self._limits), context)) as items:
+        async with aclosing(self._answer(wire.ask_from_generate(request, self._limits()), context)) as items:
             async for item in items:
                 if isinstance(item, Chunk):
                     yield pb.GenerateResponse(chunk=wire.chunk_to_proto(item))
@@ -39,7 +39,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     @guarded_stream
     async def Chat(self, request: pb.ChatRequest, context: Context) -> AsyncGenerator[pb.ChatResponse, None]:
-        async with aclosing(self._answer(wire.ask_from_chat(request, self._limits), context)) as items:
+        async with aclosing(self._answer(wire.ask_from_chat(request, self._limits()), context)) as items:
             async for item in items:
                 if isinstance(item, Chunk):
                     yield pb.ChatResponse(chunk=wire.chunk_to_proto(item))
@@ -51,7 +51,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
 
     @guarded
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        prompt = wire.prompt_from_tokenize(request, self._limits)
+        prompt = wire.prompt_from_tokenize(request, self._limits())
         target = wire.target_from_proto(request.target)
         token_ids, model = await self._service.tokenize(prompt, target)
         return pb.TokenizeResponse(token_ids=token_ids, model=model)

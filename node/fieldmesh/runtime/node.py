@@ -26,6 +26,7 @@ from fieldmesh import __version__, profiles
 from fieldmesh.client.discovery import Announcement
 from fieldmesh.config import LimitsSlice, NodeConfig
 from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
+from fieldmesh.core.effective import Rules
 from fieldmesh.core.errors import AddressInUse, FieldmeshError
 from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
@@ -123,6 +124,7 @@ class Node:
         self._calls = no_calls()
         self._rng = Random(SystemRandom().getrandbits(64))
         self._draining = False
+        self._rules = own_rules(config)
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Start every part; ``stack`` ends them in the opposite order."""
@@ -138,9 +140,8 @@ class Node:
         )
         self._service = self._make_service()
         self._health = Health((self.profile.name,))
-        limits = request_limits(config.limits)
-        client_server = self._client_server(limits)
-        peer_server = self._peer_server(limits, links_config)
+        client_server = self._client_server()
+        peer_server = self._peer_server(links_config)
         self.client_address = _bind(client_server, config.listen.client, "listen.client")
         self.peer_address = _bind(peer_server, config.listen.peer, "listen.peer")
         self._announce_addresses()
@@ -212,7 +213,7 @@ class Node:
 
     def _make_service(self) -> Service:
         config = self.config
-        router = Router(self.view, policy=Policy.parse(config.routing.policy), rng=self._rng)
+        router = Router(self.view, rules=self._rules, rng=self._rng)
         hosted = Hosted(profile=self.profile, engine=self._engine)
         return Service(
             entry=Entry(
@@ -224,11 +225,12 @@ class Node:
             router=router,
             local=LocalRuns({self.profile.name: hosted}),
             forwarder=Forwarder(self._driver.links.tokens, self._driver.links.bytes),
+            rules=self._rules,
             config=service_config(config),
             rng=self._rng,
         )
 
-    def _client_server(self, limits: RequestLimits) -> grpc.aio.Server:
+    def _client_server(self) -> grpc.aio.Server:
         message_bytes_max = self.config.limits.message_bytes_max
         server = grpc.aio.server(
             options=(
@@ -244,7 +246,7 @@ class Node:
         mesh = inference.Mesh(self._service, self.config.node.mesh)
         server.add_generic_rpc_handlers(
             (
-                handlers(inference.INFERENCE, inference.Inference(self._service, limits), self._calls),
+                handlers(inference.INFERENCE, inference.Inference(self._service, self._limits), self._calls),
                 handlers(inference.MESH, mesh, self._calls),
             )
         )
@@ -257,9 +259,12 @@ class Node:
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         return server
 
-    def _peer_server(self, limits: RequestLimits, links_config: LinksConfig) -> grpc.aio.Server:
+    def _limits(self) -> RequestLimits:
+        return request_limits(self.config.limits, self._rules)
+
+    def _peer_server(self, links_config: LinksConfig) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=(self._driver.gate,), options=server_options(links_config))
-        peers = Peers(self._service, limits, self._driver.links.bytes)
+        peers = Peers(self._service, self._limits, self._driver.links.bytes)
         server.add_generic_rpc_handlers((self._driver.receiver.handler(), peers.handler(self._calls)))
         return server
 
@@ -434,12 +439,25 @@ def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
     return settings
 
 
-def request_limits(limits: LimitsSlice) -> RequestLimits:
+def own_rules(config: NodeConfig) -> Rules:
+    """What this node's own options say where the mesh's configuration says nothing."""
+    limits = config.limits
+    return Rules(
+        policy=Policy.parse(config.routing.policy),
+        prompt_tokens_max=limits.prompt_tokens_max,
+        request_bytes_max=limits.prompt_bytes_max,
+        streams_max=limits.streams_max,
+        hops_max=limits.hops_max,
+    )
+
+
+def request_limits(limits: LimitsSlice, rules: Rules) -> RequestLimits:
     """What one request may hold."""
     return RequestLimits(
-        prompt_bytes_max=limits.prompt_bytes_max,
-        prompt_tokens_max=limits.prompt_tokens_max,
+        prompt_bytes_max=rules.request_bytes_max,
+        prompt_tokens_max=rules.prompt_tokens_max,
         messages_max=limits.messages_max,
+        max_tokens_max=rules.output_tokens_max,
     )
 
 
@@ -447,8 +465,6 @@ def service_config(config: NodeConfig) -> ServiceConfig:
     """Bounds of the node's service."""
     limits = config.limits
     return ServiceConfig(
-        streams_max=limits.streams_max,
-        hops_max=limits.hops_max,
         dispatch=DispatchConfig(attempts_max=limits.attempts_max, timeout_s=limits.request_timeout_s),
         generations=GenerationConfig(entries_max=limits.request_log_entries_max, kept_s=limits.request_log_s),
     )

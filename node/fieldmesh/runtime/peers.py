@@ -6,7 +6,7 @@ Owns: running what others forward here, or passing it on while hops are left. Mu
 from __future__ import annotations
 
 from asyncio import get_running_loop
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import grpc
@@ -27,7 +27,9 @@ PATH_NODES_MAX = 16
 class Peers:
     """The requests of ``PeerService``; Control is ``links.Receiver``'s, which keeps bytes as bytes."""
 
-    def __init__(self, service: Service, limits: wire.RequestLimits, counted: PeerBytes) -> None:
+    def __init__(
+        self, service: Service, limits: Callable[[], wire.RequestLimits], counted: PeerBytes
+    ) -> None:
         self._service = service
         self._limits = limits
         self._bytes = counted
@@ -117,9 +119,9 @@ class Peers:
             raise HopLimit("This request has been here before: a loop", field="path")
         match request.WhichOneof("request"):
             case "generate":
-                return wire.ask_from_generate(request.generate, self._limits)
+                return wire.ask_from_generate(request.generate, self._limits())
             case "chat":
-                return wire.ask_from_chat(request.chat, self._limits)
+                return wire.ask_from_chat(request.chat, self._limits())
             case _:
                 raise InvalidRequest("Set generate or chat", field="request")
 
@@ -136,6 +138,6 @@ class Peers:
     async def TokenizeForwarded(
         self, request: peer_pb2.TokenizeForwardedRequest, context: Context
     ) -> peer_pb2.TokenizeForwardedResponse:
-        prompt = wire.prompt_from_tokenize(request.request, self._limits)
+        prompt = wire.prompt_from_tokenize(request.request, self._limits())
         token_ids, model = await self._service.local.tokenize(request.profile, prompt)
         return peer_pb2.TokenizeForwardedResponse(token_ids=token_ids, model=model)

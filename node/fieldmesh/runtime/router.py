@@ -11,9 +11,10 @@ from random import Random
 
 from fieldmesh.core.catalogue import Index
 from fieldmesh.core.classify import Classifier
+from fieldmesh.core.effective import Rules
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import Ask, MeshView, NodeId, Prompt
-from fieldmesh.core.routing import Candidate, Decision, Need, Policy, choose
+from fieldmesh.core.routing import Candidate, Decision, Need, choose
 from fieldmesh.core.tally import Counts
 from fieldmesh.core.traffic import Traffic
 
@@ -60,10 +61,10 @@ def prompt_bytes(prompt: Prompt) -> int:
 class Router:
     """Routing over the latest view; belongs to one event loop."""
 
-    def __init__(self, view: MeshView, *, policy: Policy, rng: Random) -> None:
+    def __init__(self, view: MeshView, *, rules: Rules, rng: Random) -> None:
         self.decisions: Counts[tuple[str, str]] = Counts(DECISIONS_MAX, ("other", "other"))
-        self._index = Index.of(view)
-        self._policy = policy
+        self._index = Index.of(view, owners=rules.domains)
+        self._rules = rules
         self._rng = rng
         self._traffic = Traffic()
         self._training: asyncio.Task[None] | None = None
@@ -75,9 +76,14 @@ class Router:
 
     def update(self, view: MeshView) -> None:
         """Route over this view from now on; retrain the classifier where the domains changed."""
-        self._index = Index.of(view, self._index)
+        self._index = Index.of(view, self._index, self._rules.domains)
         if self._training is None and self._index.training_due:
             self._training = asyncio.create_task(self._train())
+
+    def obey(self, rules: Rules) -> None:
+        """Route by these rules from now on."""
+        self._rules = rules
+        self.update(self._index.view)
 
     def choose(self, need: Need, *, explain: bool = False) -> Decision:
         """Who should serve this. Raises what ``core.routing.choose`` raises.
@@ -87,7 +93,15 @@ class Router:
         """
         asked = "profile" if need.profile else "model" if need.model else "domain" if need.domain else "open"
         try:
-            made = choose(need, self._index, self._traffic, self._rng, policy=self._policy, explain=explain)
+            made = choose(
+                need,
+                self._index,
+                self._traffic,
+                self._rng,
+                policy=self._rules.policy,
+                weights=self._rules.weights,
+                explain=explain,
+            )
         except FieldmeshError:
             self.decisions.add((asked, "refused"))
             raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from fieldmesh.core.dispatch import DispatchConfig, Entry, Phase, Start, ViewMoved
+from fieldmesh.core.effective import Rules
 from fieldmesh.core.errors import Cancelled, Draining, TooManyStreams
 from fieldmesh.core.model import (
     Ask,
@@ -44,10 +45,8 @@ _WORTH_ASKING = (NodeState.ALIVE, NodeState.SUSPECT)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
-    """Bounds of a node's service. ``hops_max``: how often a request that enters here may be forwarded."""
+    """Bounds of a node's service."""
 
-    streams_max: int = 256
-    hops_max: int = 2
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     generations: GenerationConfig = field(default_factory=GenerationConfig)
 
@@ -78,6 +77,7 @@ class Service:
         router: Router,
         local: LocalRuns,
         forwarder: Forwarder,
+        rules: Rules,
         config: ServiceConfig,
         rng: Random,
     ) -> None:
@@ -87,6 +87,7 @@ class Service:
         self.latencies = Latencies()
         self._view = view
         self._forwarder = forwarder
+        self._rules = rules
         self._config = config
         self._rng = rng
         self._generations = Generations(config.generations)
@@ -98,6 +99,11 @@ class Service:
     def view(self) -> MeshView:
         """The mesh as this node sees it."""
         return self._view()
+
+    def obey(self, rules: Rules) -> None:
+        """Serve by these rules from now on; requests under way go on as they began."""
+        self._rules = rules
+        self.router.obey(rules)
 
     @property
     def running(self) -> int:
@@ -116,7 +122,7 @@ class Service:
 
         ``path`` and ``hops_left`` are set where another node passed the request on. Raises FieldmeshError.
         """
-        if self._streams >= self._config.streams_max:
+        if self._streams >= self._rules.streams_max:
             raise TooManyStreams(
                 f"This node holds {self._streams} streams, its most; ask another node, or again shortly",
                 retry_after_s=1.0,
@@ -125,7 +131,7 @@ class Service:
         try:
             generation = self._generations.find(ask)
             if generation is None:
-                hops = self._config.hops_max if hops_left is None else hops_left
+                hops = self._rules.hops_max if hops_left is None else hops_left
                 await self.router.settled(need_of(ask))
                 generation = self._generations.find(ask)  # a repeat may have come while we waited
             if generation is None:
