@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fieldmesh import __version__
 from fieldmesh.cli import profiling, serving
+from fieldmesh.cli.looking import mesh_table
 from fieldmesh.cli.terminal import printable
+from fieldmesh.client import Mesh, Node, Offer
 from fieldmesh.config import NodeConfig
 from fieldmesh.core.errors import (
     Draining,
@@ -30,6 +34,7 @@ from fieldmesh.core.errors import (
     PromptTooLong,
     QueueFull,
 )
+from fieldmesh.core.model import Address, EngineState, Load, NodeState
 from fieldmesh.profile_checks import Confusion, Misrouted
 from tests.cli.conftest import Commands
 from tests.client.scripted import ScriptedNode, answers, hangs, refuses
@@ -439,6 +444,48 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def long_mesh() -> Mesh:
+    """Two nodes whose names would not fit a terminal."""
+    offer = Offer(
+        profile="a-profile-with-a-long-name",
+        model="SmolLM2-135M-Instruct.Q4_1",
+        domains=("clinic", "first-aid"),
+        tier=1,
+        context_tokens=2048,
+        fingerprint="",
+        node_id="",
+        node_name="",
+        available=True,
+    )
+    node = Node(
+        id="a",
+        name="clinic-east",
+        addresses=(Address(host="192.168.1.20", port=7420),),
+        state=NodeState.ALIVE,
+        offers=(offer,),
+        load=Load(engine=EngineState.READY, slots=4, queue_max=32, decode_tokens_per_s=100.0),
+        incarnation=1,
+        rtt_s=0.0012,
+        peer_address="192.168.1.20:7421",
+        version="0.1.0",
+    )
+    return Mesh(name="m", local_id="a", nodes=(node, replace(node, id="b", name="clinic-west")))
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 240])
+def test_long_names_lose_their_middle_so_that_no_row_is_folded(width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    console.print(mesh_table(long_mesh(), width))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if "192.168.1.20:7420" in line]
+    assert len(rows) == 2
+    assert len([line for line in lines if line.strip()]) == 5  # the mesh, titles, a rule, two nodes
+    assert ("SmolLM2-135M-Instruct.Q4_1" in rows[0]) is (width == 240)
+    assert re.search(r"Smol\S*…\S*Q4_1", rows[0]) or width == 240
+
+
 def test_help_loads_nothing_slow() -> None:
     code = (
         "import sys; from fieldmesh.cli.app import run; code = run(['--help']); "
@@ -448,6 +495,24 @@ def test_help_loads_nothing_slow() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("line", ["profiles list", "version --json", "--help"])
+def test_a_full_disk_behind_stdout_ends_in_a_sentence(line: str) -> None:
+    command = [sys.executable, "-m", "fieldmesh", *line.split()]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "fieldmesh: The output could not be written: No space left on device.\n"
+
+
+def test_a_reader_that_leaves_is_no_error_worth_words() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fieldmesh", "profiles", "list"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_ctrl_c_stops_the_answer_at_the_node_and_exits_130(

@@ -151,6 +151,24 @@ def test_a_bad_conversation_is_refused_by_name(messages: list[pb.ChatMessage], f
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("max_tokens", 2**40, "1 to 2147483647"),
+        ("seed", -1, "0 to 4294967295"),
+        ("top_k", 2**31, "0 to 1000"),
+        ("temperature", "hot", "0 to 5"),
+        ("ignore_eos", "sometimes", "true or false"),
+    ],
+)
+def test_what_the_wire_cannot_hold_is_refused_by_name(name: str, value: object, accepted: str) -> None:
+    ask = Ask(request_id=RequestId("r"), prompt=Prompt(text="x"), sampling=SamplingOverrides(**{name: value}))
+    with pytest.raises(InvalidRequest) as caught:
+        wire.generate_from_ask(ask)
+    assert caught.value.field == f"sampling_params.{name}"
+    assert accepted in caught.value.message
+
+
 def test_tokenize_takes_a_prompt_or_messages_but_not_both() -> None:
     both = pb.TokenizeRequest(prompt="x", messages=[pb.ChatMessage(role="user", content="y")])
     with pytest.raises(InvalidRequest):

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,6 +73,8 @@ def version(as_json: asking.Json = False) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Errors are a sentence on stderr (with --debug a traceback)."""
+    if sys.stdout is None:  # it was closed by whoever started us: what is written goes nowhere
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows another
             stream.reconfigure(errors="replace")
@@ -79,6 +82,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="fieldmesh")
+        sys.stdout.flush()
     except SystemExit as left:  # how typer ends: done, wrong usage, interrupted, or its reader gone
         return left.code if isinstance(left.code, int) else terminal.OK
     except FieldmeshError as error:
@@ -90,6 +94,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 "Is a node running there? `fieldmesh up` starts some on this box, --node names another."
             )
         return terminal.exit_code(error)
+    except OSError as error:  # a full disk behind stdout, most likely
+        if terminal.VERBOSITY.debug:
+            raise
+        terminal.let_go_of_stdout()
+        if not isinstance(error, BrokenPipeError):
+            terminal.complain(f"The output could not be written: {error.strerror or error}.")
+        return terminal.FAILURE
     except up.Terminated:
         return terminal.TERMINATED
     return terminal.OK

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fieldmesh.client import Node as MeshNode
 
 WATCH_INTERVAL_S: Final = 1.0
+COLUMN_GAP: Final = 3
+NAME_CHARS_MIN: Final = 11
+_NAMES: Final = ("model", "domains", "profile")
+_LEFT_OUT: Final = ("rtt", "KV", "tok/s", "queue", "domains", "busy")
 
 
 def status(
@@ -39,17 +43,19 @@ def status(
         elif as_json:
             terminal.write_json(mesh_json(client.nodes()))
         else:
-            terminal.console().print(mesh_table(client.nodes()))
+            console = terminal.console()
+            console.print(mesh_table(client.nodes(), console.width))
 
 
 def _watch(client: Client) -> None:
     from rich.live import Live
 
-    with Live(mesh_table(client.nodes()), console=terminal.console(), screen=sys.stdout.isatty()) as live:
+    console = terminal.console()
+    with Live(mesh_table(client.nodes(), console.width), console=console, screen=sys.stdout.isatty()) as live:
         while True:
             time.sleep(WATCH_INTERVAL_S)
             try:
-                live.update(mesh_table(client.nodes()))
+                live.update(mesh_table(client.nodes(), console.width))
             except FieldmeshError as error:
                 from rich.text import Text
 
@@ -87,47 +93,59 @@ def _union(node: MeshNode, field: str) -> list[str]:
     return list(dict.fromkeys(name for offer in node.offers for name in getattr(offer, field)))
 
 
-def mesh_table(mesh: Mesh) -> Group:
-    """The mesh as people read it; the node that was asked is marked."""
+def mesh_table(mesh: Mesh, width: int) -> Group:
+    """The mesh as people read it, in ``width`` columns where that is possible; the node that was asked is
+    marked."""
     from rich.console import Group
     from rich.text import Text
 
-    shown = terminal.table(
-        "node",
-        "state",
-        "profile",
-        "domains",
-        "model",
-        "engine",
-        "busy",
-        "queue",
-        "KV",
-        "tok/s",
-        "rtt",
-        "address",
-    )
-    for node in mesh.nodes:
-        load = node.load
-        terminal.add_row(
-            shown,
-            f"{node.name}{' *' if node.id == mesh.local_id else ''}",
-            node.state.value,
-            ", ".join(offer.profile for offer in node.offers) or "–",
-            ", ".join(_union(node, "domains")) or "–",
-            ", ".join(dict.fromkeys(offer.model for offer in node.offers)) or "–",
-            "draining" if load.draining else load.engine.value,
-            f"{load.running}/{load.slots}",
-            f"{load.queued}/{load.queue_max}",
-            f"{load.kv_pressure:.0%}",
-            f"{load.decode_tokens_per_s:.0f}" if load.decode_tokens_per_s else "–",
-            f"{node.rtt_s * 1000:.1f} ms" if node.rtt_s else "–",
-            node.addresses[0] if node.addresses else "–",
-        )
+    rows = [_row(node, asked=node.id == mesh.local_id) for node in mesh.nodes]
+    fitted = _fitted(rows, width) if rows else []
+    shown = terminal.table(*(fitted[0] if fitted else ()))
+    for row in fitted:
+        terminal.add_row(shown, *row.values())
     alive = sum(node.state.value == "alive" for node in mesh.nodes)
     head = Text(
         terminal.printable(f"mesh {mesh.name}: {alive} of {len(mesh.nodes)} nodes alive (* was asked)")
     )
     return Group(head, shown)
+
+
+def _row(node: MeshNode, *, asked: bool) -> dict[str, str]:
+    load = node.load
+    return {
+        "node": f"{node.name}{' *' if asked else ''}",
+        "state": node.state.value,
+        "profile": ", ".join(offer.profile for offer in node.offers) or "–",
+        "domains": ", ".join(_union(node, "domains")) or "–",
+        "model": ", ".join(dict.fromkeys(offer.model for offer in node.offers)) or "–",
+        "engine": "draining" if load.draining else load.engine.value,
+        "busy": f"{load.running}/{load.slots}",
+        "queue": f"{load.queued}/{load.queue_max}",
+        "KV": f"{load.kv_pressure:.0%}",
+        "tok/s": f"{load.decode_tokens_per_s:.0f}" if load.decode_tokens_per_s else "–",
+        "rtt": f"{node.rtt_s * 1000:.1f} ms" if node.rtt_s else "–",
+        "address": str(node.addresses[0]) if node.addresses else "–",
+    }
+
+
+def _fitted(rows: list[dict[str, str]], width: int) -> list[dict[str, str]]:
+    """The rows in ``width`` columns: some are left out where they must, and long names lose their middle."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+
+    def excess() -> int:
+        return sum(widths.values()) + COLUMN_GAP * len(widths) - 1 - width
+
+    def spare() -> int:
+        return sum(max(0, widths[name] - NAME_CHARS_MIN) for name in _NAMES if name in widths)
+
+    for name in _LEFT_OUT:
+        if excess() > spare():
+            del widths[name]
+    for name in _NAMES:
+        if name in widths:
+            widths[name] -= max(0, min(excess(), widths[name] - NAME_CHARS_MIN))
+    return [{name: terminal.shortened(row[name], size) for name, size in widths.items()} for row in rows]
 
 
 def health(

@@ -5,7 +5,9 @@ Must not: know a command.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -85,6 +87,22 @@ def write_json(value: Any) -> None:
     """One JSON document."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def let_go_of_stdout() -> None:
+    """Nothing more can be written there: Python must not try once more when it ends."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def shortened(text: str, chars_max: int) -> str:
+    """``text`` in at most ``chars_max`` characters, its middle left out: names differ at the ends."""
+    if len(text) <= chars_max:
+        return text
+    tail = (chars_max - 1) // 2
+    return f"{text[: chars_max - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def printable(text: str) -> str:

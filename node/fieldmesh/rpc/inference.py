@@ -34,6 +34,7 @@ from fieldmesh.core.model import (
     Usage,
 )
 from fieldmesh.v1 import inference_pb2 as pb
+from fieldmesh.values import shown
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 ROLES: Final = ("system", "user", "assistant", "tool")
@@ -201,6 +202,13 @@ _RANGES: Final = {
 }
 
 
+_WIRE_RANGES: Final = {
+    "max_tokens": "a whole number from 1 to 2147483647",
+    "min_tokens": "a whole number from 0 to 2147483647",
+    "seed": "a whole number from 0 to 4294967295",
+}
+
+
 def _overrides(params: pb.SamplingParams, limits: RequestLimits) -> SamplingOverrides:
     ranges = _RANGES | {
         "max_tokens": _Range(low=1, high=limits.max_tokens_max),
@@ -292,7 +300,14 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, ask: Ask) -> None:
     for name in (*_RANGES, "max_tokens", "min_tokens", "seed", "ignore_eos"):
         value = getattr(ask.sampling, name)
         if value is not None:
-            setattr(params, name, value)
+            try:
+                setattr(params, name, value)
+            except (TypeError, ValueError):  # of another type, or beyond what the wire can hold
+                accepted = _RANGES.get(name) or _WIRE_RANGES.get(name) or "true or false"
+                raise InvalidRequest(
+                    f"sampling_params.{name} is {shown(value)}; accepted is {accepted}",
+                    field=f"sampling_params.{name}",
+                ) from None
     params.stop.extend(ask.sampling.stop or ())
     params.stop_token_ids.extend(ask.sampling.stop_token_ids or ())
 
