@@ -287,6 +287,31 @@ def test_a_lost_node_that_knocks_but_cannot_hear_is_never_taken_for_alive() -> N
     assert mesh.state(1, 2) is mesh.state(2, 1) is NodeState.ALIVE
 
 
+def test_who_tells_a_node_that_its_life_is_stale_is_not_taken_for_deaf() -> None:
+    mesh = joined(2)
+    one = mesh.nodes[1]
+    stale = Rumor(
+        about=node(1), says=Rumored.DEAD, incarnation=2, refutations=0, accuser=node(2), name="n1",
+        addresses=(at(1),),
+    )  # fmt: skip
+    who = mesh.nodes[2]._voice.introduction()
+    hello = Received(sender=node(2), message=Hello(who=who, dialed=at(1), rumors=(stale,)))
+    one.handle(hello, mesh.now)
+    assert mesh.state(1, 2) is NodeState.ALIVE
+    assert one.own_incarnation_seen == 2
+
+
+def test_a_second_life_under_one_incarnation_is_told_so_even_while_it_is_probed() -> None:
+    mesh = joined(2)
+    peer = mesh.nodes[1].peers[node(2)]
+    peer.probe_at = mesh.now + 5.0
+    mesh.nodes[2].nonce += 1
+    who = mesh.nodes[2]._voice.introduction()
+    effects = mesh.nodes[1].handle(Received(sender=node(2), message=Hello(who=who, dialed=at(1))), mesh.now)
+    told = [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Hello)]
+    assert [(rumor.about, rumor.incarnation) for hello in told for rumor in hello.rumors] == [(node(2), 2)]
+
+
 def test_halves_that_took_each_other_for_dead_find_each_other_again() -> None:
     mesh = joined(4)
     halves = [(a, b) for a in (1, 2) for b in (3, 4)]

@@ -79,9 +79,11 @@ class Handshake:
         if peer is None:
             return
         for rumor in hello.rumors:
+            # Of this very life: one of a higher incarnation says that ours is stale, not that we are unheard.
             if (
                 rumor.about == self._roster.local
-                and (rumor.incarnation, rumor.refutations) >= self._roster.standing
+                and rumor.incarnation == self._roster.incarnation
+                and rumor.refutations >= self._roster.refutations
             ):
                 peer.deaf = True  # until its beats say otherwise
                 yield from self._suspicion.become(peer, NodeState.UNREACHABLE, now)
@@ -208,9 +210,9 @@ class Handshake:
     ) -> Iterator[MembershipEffect]:
         """A node lives under an incarnation that was used before: tell it which one it must rise above."""
         self._roster.counts["stale_incarnation"] += 1
-        if now < peer.probe_at:
+        if now < peer.tell_stale_at:
             return
-        peer.probe_at = now + self._roster.config.probe_interval_s
+        peer.tell_stale_at = now + self._roster.config.probe_interval_s
         rumor = replace(self._voice.rumor_about(peer, Rumored.DEAD), incarnation=incarnation)
         for address in addresses[: self._roster.config.addresses_welcomed_max]:
             hello = Hello(who=self._voice.introduction(), dialed=address, rumors=(rumor,))

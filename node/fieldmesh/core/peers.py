@@ -130,6 +130,7 @@ class Peer:
     """It says that it does not hear us."""
     doubted: bool = False
     probe_at: float = float("-inf")
+    tell_stale_at: float = float("-inf")
     probes: int = 0
     confirmers: dict[NodeId, None] = field(default_factory=dict)
     retries: int = 0
