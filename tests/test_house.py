@@ -28,7 +28,7 @@ PACKAGE = ROOT / "node" / "fieldmesh"
 FOREIGN = {
     "pycrdt": ("core/replica",),
     "llama_cpp": ("engine/llama",),
-    "llguidance": ("engine/",),
+    "llguidance": ("engine/grammars",),
     "zeroconf": ("runtime/discovery", "client/discovery"),
     "grpc": ("runtime/", "client/", "v1/"),
     "grpc_health": ("runtime/", "client/"),
@@ -42,7 +42,7 @@ FOREIGN = {
 }
 # What the base install does not bring.
 NODE_ONLY = (
-    *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "numpy"),
+    *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "llguidance", "numpy"),
     *("prometheus_client", "pycrdt", "structlog"),
 )
 # What the core must not touch: it performs no I/O, has no clock and draws no randomness of its own.

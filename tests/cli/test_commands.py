@@ -124,6 +124,27 @@ def test_options_reach_the_node(cli: Commands, node: ScriptedNode) -> None:
     assert not params.HasField("top_k")
 
 
+def test_a_schema_and_a_regex_reach_the_node(cli: Commands, node: ScriptedNode, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    assert cli("ask", "--node", str(node.address), "--json-schema", str(schema), "hello") == 0
+    assert cli("ask", "--node", str(node.address), "--regex", "(yes|no)", "hello") == 0
+    first, second = (request.sampling_params for request in node.requests)
+    assert (first.json_schema, second.regex) == ('{"type": "object"}', "(yes|no)")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b" " * 65_537], ids=["missing", "no text", "too large"])
+def test_a_schema_that_cannot_be_sent_is_refused_by_the_options_name(
+    cli: Commands, node: ScriptedNode, tmp_path: Path, content: bytes | None
+) -> None:
+    schema = tmp_path / "schema.json"
+    if content is not None:
+        schema.write_bytes(content)
+    assert cli("ask", "--node", str(node.address), "--json-schema", str(schema), "hello") == 2
+    assert str(schema) in cli.err.replace("\n", "")
+    assert not node.requests
+
+
 def test_a_dash_reads_the_question_from_stdin(
     cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,32 @@ async def test_a_request_carries_what_was_asked_and_nothing_else(driver: Driver,
     assert not params.HasField("ignore_eos")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "sent"),
+    [
+        ("json_schema", {"type": "object"}, '{"type": "object"}'),
+        ("json_schema", '{"type":"array"}', '{"type":"array"}'),
+        ("regex", "(yes|no)", "(yes|no)"),
+        ("grammar", 'start: "a"', 'start: "a"'),
+        ("json_object", True, True),
+    ],
+)
+async def test_what_an_answer_must_match_is_sent_under_its_name(
+    driver: Driver, start: Start, option: str, value: object, sent: object
+) -> None:
+    node = await start("alpha")
+    driver.connect(node)
+    await driver.ask("hello", **{option: value})
+    assert getattr(node.requests[0].sampling_params, option) == sent
+
+
+def test_an_answer_can_match_one_thing_only() -> None:
+    with pytest.raises(InvalidRequest, match="json_schema and regex"):
+        Client("127.0.0.1:1").chat("hello", json_schema={}, regex="a", grammar="")
+    with pytest.raises(InvalidRequest, match="json_schema is no JSON"):
+        Client("127.0.0.1:1").chat("hello", json_schema={"type": object()})
+
+
 async def test_text_and_token_ids_can_be_continued(driver: Driver, start: Start) -> None:
     node = await start("alpha")
     driver.connect(node)

@@ -17,7 +17,7 @@ import pytest
 from fieldmesh.core.model import Message, Prompt, Sampling
 from fieldmesh.engine.frames import Submit
 from fieldmesh.engine.llama import LlamaModel, Sampler
-from fieldmesh.engine.loop import EngineLoop
+from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
 from fieldmesh.engine.port import Job
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import builtin_model
@@ -39,7 +39,7 @@ class Recorded:
     def __init__(self, inner: Sampler, model: LlamaModel, rows: list[bytes]) -> None:
         self._inner, self._model, self._rows = inner, model, rows
 
-    def draw(self, row: int, index: int) -> int:
+    def draw(self, row: int, index: int) -> Drawn:
         self._rows.append(self._model.logits(row).tobytes())
         return self._inner.draw(row, index)
 
@@ -58,8 +58,16 @@ class Bench:
         self._coming = 0
         plain = self.model.sampler
 
-        def sampler(sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]) -> Recorded:
-            return Recorded(plain(sampling, seed, resumed, prompt), self.model, self._rows[self._coming])
+        def sampler(
+            sampling: Sampling,
+            seed: int,
+            resumed: Sequence[int],
+            prompt: Sequence[int],
+            walk: Walk | None = None,
+        ) -> Recorded:
+            return Recorded(
+                plain(sampling, seed, resumed, prompt, walk), self.model, self._rows[self._coming]
+            )
 
         self.model.sampler = sampler  # type: ignore[method-assign, assignment]
         self.loop = EngineLoop(settings, self.model, lambda: 1)

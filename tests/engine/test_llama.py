@@ -142,7 +142,7 @@ def draws(model: LlamaModel, sampling: Sampling, count: int, *, start: int = 0, 
     drawn = []
     for index in range(start, start + count):
         model.logits(row)[:] = logits
-        drawn.append(sampler.draw(row, index))
+        drawn.append(sampler.draw(row, index).token_id)
     sampler.close()
     model.place([Place(slot=0, source=0, keep_tokens=0)])
     return drawn
@@ -217,7 +217,7 @@ def test_the_end_is_never_drawn_where_it_is_ignored_nor_too_early(model: LlamaMo
     ]:
         model.logits(row)[2] = 1000.0
         sampler = model.sampler(sampling, 1, (), PROMPT)
-        assert (sampler.draw(row, index) == 2) is may_end
+        assert (sampler.draw(row, index).token_id == 2) is may_end
         sampler.close()
 
 

@@ -16,6 +16,8 @@ from fieldmesh.core.model import (
     CandidateNote,
     Chunk,
     Completion,
+    Constraint,
+    ConstraintKind,
     EngineState,
     Explanation,
     FinishReason,
@@ -46,6 +48,9 @@ overrides = st.builds(
     stop=st.none() | st.lists(texts, min_size=1, max_size=3).map(tuple),
     stop_token_ids=st.none() | st.lists(st.integers(0, 1000), min_size=1, max_size=3).map(tuple),
     ignore_eos=st.none() | st.booleans(),
+    constraint=st.none()
+    | st.just(Constraint(kind=ConstraintKind.JSON_OBJECT))
+    | st.builds(Constraint, kind=st.sampled_from(list(ConstraintKind)[:3]), source=texts),
 )
 asks = st.builds(
     Ask,
@@ -127,6 +132,8 @@ def params(**fields: object) -> pb.SamplingParams:
         (generate(sampling_params=params(stop=["ok", ""])), "sampling_params.stop[1]"),
         (generate(sampling_params=params(stop=["x" * 257])), "sampling_params.stop[0]"),
         (generate(sampling_params=params(stop_token_ids=[-1])), "sampling_params.stop_token_ids"),
+        (generate(sampling_params=params(regex="")), "sampling_params.regex"),
+        (generate(sampling_params=params(json_schema=" " * 65_537)), "sampling_params.json_schema"),
     ],
 )
 def test_a_bad_field_is_refused_by_name(request_: pb.GenerateRequest, field: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NODE: Final = "127.0.0.1:7420"
 QUESTION_BYTES_MAX: Final = 1_048_576
+SCHEMA_BYTES_MAX: Final = 65_536
 
 Node = Annotated[
     list[str] | None,
@@ -62,6 +64,10 @@ def ask(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show who could have answered, and why.")
     ] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON Schema that the answer must satisfy.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the answer must match.")] = None,
     timeout_s: TimeoutS = None,
     as_json: Json = False,
 ) -> None:
@@ -75,6 +81,8 @@ def ask(
         seed=seed,
         temperature=temperature,
         explain=explain or None,
+        json_schema=_schema(json_schema) if json_schema else None,
+        regex=regex,
         timeout_s=timeout_s,
     )
     with connect(node) as client, client.chat(text, **options) as stream:
@@ -87,6 +95,20 @@ def ask(
 def given(**options: Any) -> Any:
     """The options that were set."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _schema(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(SCHEMA_BYTES_MAX + 1)
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The schema {path} cannot be read: {error}", field="--json-schema") from error
+    if len(data) > SCHEMA_BYTES_MAX:
+        raise InvalidRequest(
+            f"The schema {path} is larger than {SCHEMA_BYTES_MAX} bytes.", field="--json-schema"
+        )
+    return text
 
 
 def _from_stdin() -> str:

@@ -5,6 +5,7 @@ Must not: open a channel or wait for anything.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import secrets
@@ -22,7 +23,17 @@ from fieldmesh.core.errors import (
     NodeUnreachable,
     ProtocolMismatch,
 )
-from fieldmesh.core.model import Address, Ask, Message, Priority, Prompt, SamplingOverrides, Target
+from fieldmesh.core.model import (
+    Address,
+    Ask,
+    Constraint,
+    ConstraintKind,
+    Message,
+    Priority,
+    Prompt,
+    SamplingOverrides,
+    Target,
+)
 from fieldmesh.rpc import inference as codec
 from fieldmesh.rpc.errors import DETAILS_KEY, PUSHBACK_KEY, error_from_status
 from fieldmesh.v1 import inference_pb2
@@ -79,6 +90,10 @@ class Options(TypedDict, total=False):
     to 5, ``seed`` 0 to 2**32-1, ``max_tokens`` at least 1, ``min_tokens``, ``stop`` at most 16 strings of
     256 bytes, ``stop_token_ids`` at most 64, ``ignore_eos``.
 
+    What the answer must match (one of them, at most 64 kB): ``json_schema`` (text or a mapping), ``regex``
+    (Rust's syntax), ``grammar`` (Lark as llguidance reads it), ``json_object`` (True: any JSON object). What
+    cannot be enforced raises ConstraintInvalid with the reason.
+
     The call: ``priority`` (default ``normal``), ``explain`` (the result carries the routing decision),
     ``request_id`` (1 to 64 of ``[A-Za-z0-9._:-]``; default: a random one; a repeat is answered, not done
     again), ``timeout_s`` (for the whole call, all attempts and the stream included; default: the client's).
@@ -100,6 +115,10 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    json_schema: str | Mapping[str, Any]
+    regex: str
+    grammar: str
+    json_object: bool
     priority: Literal["interactive", "normal", "batch"]
     explain: bool
     request_id: str
@@ -147,7 +166,7 @@ def prompt_of_text(continued: str | Sequence[int]) -> Prompt:
     return Prompt(text=continued) if isinstance(continued, str) else Prompt(token_ids=tuple(continued))
 
 
-_SAMPLING: Final = frozenset(SamplingOverrides.__dataclass_fields__)
+_SAMPLING: Final = frozenset(SamplingOverrides.__dataclass_fields__) - {"constraint"}
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
 
 
@@ -163,6 +182,7 @@ def ask(prompt: Prompt, options: Options) -> Ask:
             raise InvalidRequest(f"{name} must be a list, not one string", field=name)
         if sampling.get(name) is not None:
             sampling[name] = tuple(sampling[name])
+    sampling["constraint"] = _constraint(given)
     priority = given.get("priority", "normal")
     if priority not in _PRIORITIES:
         raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}", field="priority")
@@ -174,6 +194,23 @@ def ask(prompt: Prompt, options: Options) -> Ask:
         priority=_PRIORITIES[priority],
         explain=bool(given.get("explain", False)),
     )
+
+
+def _constraint(given: Mapping[str, Any]) -> Constraint | None:
+    wanted = [kind for kind in ConstraintKind if given.get(kind.value) not in (None, False, "")]
+    if len(wanted) > 1:
+        names = " and ".join(kind.value for kind in wanted)
+        raise InvalidRequest(f"{names} exclude each other: an answer matches one", field=wanted[1].value)
+    for kind in wanted:
+        value = given[kind.value]
+        if kind is ConstraintKind.JSON_OBJECT:
+            return Constraint(kind=kind)
+        try:
+            source = value if isinstance(value, str) else json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{kind.value} is no JSON document: {error}", field=kind.value) from error
+        return Constraint(kind=kind, source=source)
+    return None
 
 
 def target(options: Mapping[str, Any]) -> Target:

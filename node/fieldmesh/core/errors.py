@@ -75,6 +75,12 @@ class PromptTooLong(InvalidRequest):
     code = "PROMPT_TOO_LONG"
 
 
+class ConstraintInvalid(InvalidRequest):
+    """A schema, regex or grammar cannot be enforced, or not at a bearable cost."""
+
+    code = "CONSTRAINT_INVALID"
+
+
 class RequestIdReused(FieldmeshError):
     """A request id came again with different content."""
 

@@ -198,6 +198,28 @@ class Priority(Enum):
     BATCH = 2
 
 
+class ConstraintKind(Enum):
+    """What a constraint is written in; the value is its field in ``fieldmesh.v1.SamplingParams``."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    JSON_OBJECT = "json_object"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """What an answer must match from its first character to its last. JSON_OBJECT has no ``source``."""
+
+    kind: ConstraintKind
+    source: str = ""
+
+    @property
+    def field(self) -> str:
+        """Where the request says it."""
+        return f"sampling_params.{self.kind.value}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. Temperature 0 is greedy; ``seed`` None lets the engine choose one."""
@@ -215,6 +237,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +328,7 @@ class SamplingOverrides:
     stop: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
+    constraint: Constraint | None = None
 
     def over(self, defaults: Sampling) -> Sampling:
         """The sampling that results when this request meets a profile's defaults."""

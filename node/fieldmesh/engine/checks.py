@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fieldmesh.core.errors import InvalidRequest, PromptTooLong
-from fieldmesh.core.model import Prompt, Sampling
+from fieldmesh.core.errors import ConstraintInvalid, InvalidRequest, PromptTooLong
+from fieldmesh.core.model import Constraint, Prompt, Sampling
 from fieldmesh.engine.port import Job
 
 GENERATION_ID_CHARACTERS_MAX = 128
@@ -15,6 +15,7 @@ TOKENS_MAX = 1 << 20
 STOPS_MAX = 16
 STOP_CHARACTERS_MAX = 256
 STOP_TOKEN_IDS_MAX = 64
+CONSTRAINT_BYTES_MAX = 65_536
 ROLES = ("system", "user", "assistant", "tool")
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -86,6 +87,22 @@ def check_sampling(sampling: Sampling) -> None:
     if len(sampling.stop_token_ids) > STOP_TOKEN_IDS_MAX:
         raise InvalidRequest(
             f"at most {STOP_TOKEN_IDS_MAX} stop_token_ids are accepted", field="stop_token_ids"
+        )
+    if sampling.constraint is not None:
+        _check_constraint(sampling.constraint, sampling)
+
+
+def _check_constraint(constraint: Constraint, sampling: Sampling) -> None:
+    size = _utf8_bytes(constraint.source, constraint.field)
+    if size > CONSTRAINT_BYTES_MAX:
+        raise ConstraintInvalid(
+            f"{constraint.field} has {size} bytes; at most {CONSTRAINT_BYTES_MAX} are accepted",
+            field=constraint.field,
+        )
+    if sampling.ignore_eos:
+        raise InvalidRequest(
+            f"ignore_eos asks for text after the end of what {constraint.field} allows: set one of them",
+            field="sampling_params.ignore_eos",
         )
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.engine.frames import (
@@ -39,6 +39,7 @@ from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from fieldmesh.engine.grammars import Grammars
     from fieldmesh.engine.llama import LlamaModel
 
 _PR_SET_PDEATHSIG = 1
@@ -53,12 +54,13 @@ def main(fd: int, parent_pid: int) -> int:
     if not isinstance(configure, Configure):
         return 2 if configure else 0
     try:
-        loop, info = _load(configure, channel)
+        loop, info, grammars = _load(configure, channel)
     except FieldmeshError as error:
         channel.send([failed(0, error)])
         return 3
     channel.send([Ready(info), loop.statistics()])
     _serve(channel, loop)
+    grammars.close()
     return 0
 
 
@@ -72,6 +74,7 @@ def _serve(channel: _Channel, loop: EngineLoop) -> None:
         reports: list[Report] = []
         for command in channel.commands(wait_s):
             reports += loop.handle(command, time.monotonic())
+        reports += loop.collect(time.monotonic())
         plan, expired = loop.plan(time.monotonic())
         reports += expired
         if reports:  # what was refused or accepted need not wait for a step
@@ -81,17 +84,20 @@ def _serve(channel: _Channel, loop: EngineLoop) -> None:
             channel.send(loop.run(plan, time.monotonic))
 
 
-def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineInfo]:
+def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineInfo, Grammars]:
     settings = configure.settings
     settings.validate()
     header = read_header(settings.model_path)
     fingerprint = configure.fingerprint or _fingerprint(settings.model_path, channel)
-    from fieldmesh.engine.llama import LlamaModel  # a damaged file is told without loading the library
+    from fieldmesh.engine.grammars import Grammars  # a damaged file is told without loading the libraries
+    from fieldmesh.engine.llama import LlamaModel
+    from fieldmesh.engine.trial import Trial
 
     model = LlamaModel(settings, lambda share: channel.send([Loading(share)]))
-    loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32))
+    grammars = Grammars(model.vocabulary, Trial, channel.wake)
+    loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32), grammars=grammars)
     loop.warm_up(time.monotonic)
-    return loop, _info(settings, header, fingerprint, model, loop)
+    return loop, _info(settings, header, fingerprint, model, loop), grammars
 
 
 def _info(
@@ -133,7 +139,12 @@ class _Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = bytearray()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.closed = False
+
+    def wake(self) -> None:
+        """End a wait for commands; for another thread."""
+        os.eventfd_write(self._wake, 1)
 
     def send(self, reports: list[Report]) -> None:
         """Blocks while the host does not read: then there is no use in computing more."""
@@ -148,7 +159,11 @@ class _Channel:
             while (body := self._frame()) is not None:
                 yield from decode_commands(body)
                 wait_s = 0.0
-            if not select.select([self._socket], [], [], wait_s)[0]:
+            sources: list[Any] = [self._socket, self._wake]
+            ready = select.select(sources, [], [], wait_s)[0]
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._socket not in ready:
                 return
             self._read()
 

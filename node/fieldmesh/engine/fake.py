@@ -19,7 +19,7 @@ from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.cost import CostModel, prompt_digest, token_at
 from fieldmesh.engine.frames import Command, Ready
 from fieldmesh.engine.front import EngineFront
-from fieldmesh.engine.loop import EngineLoop
+from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
 from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
 
@@ -68,7 +68,12 @@ class FakeModel:
         return {s.id: row for row, s in enumerate(s for s in slices if s.sample)}
 
     def sampler(
-        self, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]
+        self,
+        sampling: Sampling,
+        seed: int,
+        resumed: Sequence[int],
+        prompt: Sequence[int],
+        walk: Walk | None = None,
     ) -> FakeSampler:
         """What draws one generation's tokens."""
         return FakeSampler(sampling, prompt_digest(prompt, seed if sampling.temperature > 0 else 0))
@@ -81,12 +86,12 @@ class FakeSampler:
         self._sampling = sampling
         self._digest = digest
 
-    def draw(self, row: int, index: int) -> int:
+    def draw(self, row: int, index: int) -> Drawn:
         """A word, or the end of the answer where that is allowed."""
         may_end = not self._sampling.ignore_eos and index >= self._sampling.min_tokens
         if may_end and token_at(self._digest, index, _END_EVERY_TOKENS) == 0:
-            return _EOS
-        return _FIRST_WORD + token_at(self._digest, index, len(_WORDS))
+            return Drawn(_EOS)
+        return Drawn(_FIRST_WORD + token_at(self._digest, index, len(_WORDS)))
 
     def close(self) -> None:
         """Nothing to free."""

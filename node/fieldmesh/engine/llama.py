@@ -24,6 +24,8 @@ import numpy as np
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Sampling
 from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, Place, Slice
+from fieldmesh.engine.grammars import Vocabulary
+from fieldmesh.engine.loop import Drawn, Walk
 from fieldmesh.engine.settings import EngineSettings
 
 Logits: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -140,6 +142,21 @@ class LlamaModel:
             found = self._pieces[token] = buffer.raw[: max(0, length)]
         return found
 
+    def vocabulary(self) -> Vocabulary:
+        """All tokens as bytes, control tokens by their names. Touches nothing that a step changes."""
+        control = lib.LLAMA_TOKEN_ATTR_CONTROL
+        named = lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+        pieces, special = [], []
+        buffer = ctypes.create_string_buffer(PIECE_BYTES_MAX)
+        for token in range(self.vocabulary_tokens):
+            length = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES_MAX, 0, True)
+            piece = buffer.raw[: max(0, length)]
+            kind = lib.llama_vocab_get_attr(self._vocab, token)
+            if kind & control or (kind & named and piece.startswith(b"<") and piece.endswith(b">")):
+                special.append(token)
+            pieces.append(piece)
+        return Vocabulary(pieces, special, sorted(self._ends))
+
     # --- steps ------------------------------------------------------------------------------
 
     def place(self, places: Sequence[Place]) -> None:
@@ -195,10 +212,15 @@ class LlamaModel:
         return logits
 
     def sampler(
-        self, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]
+        self,
+        sampling: Sampling,
+        seed: int,
+        resumed: Sequence[int],
+        prompt: Sequence[int],
+        walk: Walk | None = None,
     ) -> Sampler:
         """A sampler that continues after ``resumed`` tokens. The caller closes it."""
-        return Sampler(self, sampling, seed, resumed, prompt)
+        return Sampler(self, sampling, seed, resumed, prompt, walk)
 
     def logits(self, row: int) -> Logits:
         """The logits of one row of the last step; the next step overwrites them."""
@@ -233,9 +255,16 @@ class Sampler:
     """
 
     def __init__(
-        self, model: LlamaModel, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]
+        self,
+        model: LlamaModel,
+        sampling: Sampling,
+        seed: int,
+        resumed: Sequence[int],
+        prompt: Sequence[int],
+        walk: Walk | None,
     ) -> None:
         self._model = model
+        self._walk = walk
         self._sampling = sampling
         self._seed = seed
         self._banned_always = np.array(
@@ -274,15 +303,25 @@ class Sampler:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
         return chain
 
-    def draw(self, row: int, index: int) -> int:
-        """The token that follows, from the last step's logits at ``row``."""
-        model, sampling = self._model, self._sampling
-        banned = self._banned_early if index < sampling.min_tokens else self._banned_always
-        if self._plain or banned.size:
-            logits = model.logits(row)
+    def draw(self, row: int, index: int) -> Drawn:
+        """The token that follows, from the last step's logits at ``row``. Raises ConstraintInvalid."""
+        logits = self._model.logits(row)
+        banned = self._banned_early if index < self._sampling.min_tokens else self._banned_always
+        if self._walk is None:
             logits[banned] = -np.inf
-            if self._plain:
-                return int(logits.argmax())
+            return Drawn(self._choose(row, index))
+        allowed = self._walk.allowed()[: len(logits)]
+        logits[~allowed] = -np.inf
+        if np.count_nonzero(allowed) > np.count_nonzero(allowed[banned]):  # else only the end is left
+            logits[banned] = -np.inf
+        token = self._choose(row, index)
+        self._walk.take(token)
+        return Drawn(token, ends=self._walk.ended)
+
+    def _choose(self, row: int, index: int) -> int:
+        model, sampling = self._model, self._sampling
+        if self._plain:
+            return int(model.logits(row).argmax())
         last = (
             lib.llama_sampler_init_dist(draw_seed(self._seed, index))
             if sampling.temperature > 0

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, assert_never
+from functools import partial
+from typing import Any, Protocol, assert_never
 
 from fieldmesh.core.batching import Batcher
-from fieldmesh.core.errors import DeadlineExceeded, FieldmeshError, InvalidRequest, PromptTooLong
-from fieldmesh.core.model import Completion, FinishReason, Prompt, Sampling, Usage
+from fieldmesh.core.errors import (
+    ConstraintInvalid,
+    DeadlineExceeded,
+    FieldmeshError,
+    InvalidRequest,
+    PromptTooLong,
+)
+from fieldmesh.core.model import Completion, Constraint, FinishReason, Prompt, Sampling, Usage
 from fieldmesh.core.steps import Output, Place, Sampled, Slice, StepPlan, Work
 from fieldmesh.core.text import TextStream
 from fieldmesh.engine.chat import ChatTemplate
@@ -45,11 +52,38 @@ CHARACTERS_PER_TOKEN_MAX = 64
 """Far above what texts have (English about 4), far below what would keep a tokenizer busy for long."""
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was drawn for one token. ``ends``: the text is complete with it."""
+
+    token_id: int
+    ends: bool = False
+
+
+class Walk(Protocol):
+    """Where a generation stands in its constraint; see ``engine.grammars.Matcher``."""
+
+    @property
+    def ended(self) -> bool: ...
+    def allowed(self) -> Any: ...
+    def take(self, token: int) -> None: ...
+    def replay(self, tokens: Sequence[int]) -> None: ...
+
+
+class Grammars(Protocol):
+    """Constraints, compiled beside the loop; see ``engine.grammars.Grammars``."""
+
+    def matcher(self, constraint: Constraint) -> Walk | None: ...
+    def want(self, constraint: Constraint) -> None: ...
+    def finished(self) -> list[Constraint]: ...
+
+
 class Draws(Protocol):
     """Draws the tokens of one generation."""
 
-    def draw(self, row: int, index: int) -> int:
-        """The token with number ``index`` of the generation, from the last step's ``row``."""
+    def draw(self, row: int, index: int) -> Drawn:
+        """The token with number ``index`` of the generation, from the last step's ``row``. Raises
+        ConstraintInvalid where its constraint turns out to be too costly."""
         ...
 
     def close(self) -> None:
@@ -89,8 +123,15 @@ class Model(Protocol):
         """Compute a step; the row of every slice that samples, by id."""
         ...
 
-    def sampler(self, sampling: Sampling, seed: int, resumed: Sequence[int], prompt: Sequence[int]) -> Draws:
-        """What draws one generation's tokens."""
+    def sampler(
+        self,
+        sampling: Sampling,
+        seed: int,
+        resumed: Sequence[int],
+        prompt: Sequence[int],
+        walk: Walk | None = None,
+    ) -> Draws:
+        """What draws one generation's tokens, after ``resumed`` ones that ``walk`` has seen."""
         ...
 
 
@@ -105,14 +146,14 @@ class _Generation:
     index: int
     text: str = ""
 
-    def take(self, token: int, piece: bytes) -> bool:
+    def take(self, drawn: Drawn, piece: bytes) -> bool:
         """Add a token's text; True if the generation ends with it."""
         self.index += 1
-        if token in self.stop_tokens:
+        if drawn.token_id in self.stop_tokens:
             self.text = ""
             return True
         self.text = self.stream.push(piece)
-        return bool(self.stream.matched_stop)
+        return drawn.ends or bool(self.stream.matched_stop)
 
 
 class EngineLoop:
@@ -122,7 +163,13 @@ class EngineLoop:
     reports to send. A plan without slices means: wait for a command, or until ``deadline``.
     """
 
-    def __init__(self, settings: EngineSettings, model: Model, new_seed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        model: Model,
+        new_seed: Callable[[], int],
+        grammars: Grammars | None = None,
+    ) -> None:
         config = settings.batcher_config()
         reuse = config.reuse_prefixes and model.prefixes_reusable
         self.batcher = Batcher(replace(config, reuse_prefixes=reuse))
@@ -131,6 +178,8 @@ class EngineLoop:
         self._new_seed = new_seed
         self._generations: dict[str, _Generation] = {}
         self._stepped_at = 0.0
+        self._grammars = grammars
+        self._uncompiled: dict[int, Submit] = {}
         source = settings.chat_template or model.chat_template
         self._chat = ChatTemplate(source, bos=model.bos, eos=model.eos) if source else None
 
@@ -164,6 +213,7 @@ class EngineLoop:
                     command.key, lambda: [Tokenized(command.key, self._tokenize(command.prompt))]
                 )
             case Cancel():
+                self._uncompiled.pop(command.key, None)
                 self.batcher.cancel(str(command.key))
                 self._forget(str(command.key))
                 return [self.statistics()]
@@ -185,8 +235,32 @@ class EngineLoop:
         except FieldmeshError as error:
             return [failed(key, error)]
 
+    def collect(self, now: float) -> list[Report]:
+        """Go on with the jobs whose constraints were compiled meanwhile."""
+        reports: list[Report] = []
+        for constraint in self._grammars.finished() if self._grammars else ():
+            ready = [c for c in self._uncompiled.values() if c.job.sampling.constraint == constraint]
+            for command in ready:
+                reports += self._answer(command.key, partial(self._submit, command, now))
+        return reports
+
+    def _walk(self, command: Submit, constraint: Constraint) -> Walk | None:
+        """The walk through a job's constraint; None where the job waits for it to be compiled."""
+        self._uncompiled.pop(command.key, None)
+        if self._grammars is None:
+            raise ConstraintInvalid("this engine enforces no constraints", field=constraint.field)
+        walk = self._grammars.matcher(constraint)
+        if walk is None:
+            self._grammars.want(constraint)
+            self._uncompiled[command.key] = command
+        return walk
+
     def _submit(self, command: Submit, now: float) -> list[Report]:
-        job = command.job
+        job, walk = command.job, None
+        if (constraint := job.sampling.constraint) is not None:
+            walk = self._walk(command, constraint)
+            if walk is None:
+                return []
         prompt = self._tokenize(job.prompt)
         if len(job.resume_token_ids) > self._settings.context_tokens:
             raise PromptTooLong(
@@ -203,7 +277,9 @@ class EngineLoop:
         for token in job.resume_token_ids:
             if token not in stop_tokens:
                 stream.push(self._model.piece(token))  # its text was delivered with it
-        if ended := _ended_before(job, stream, stop_tokens):
+        if walk is not None:
+            walk.replay(job.resume_token_ids)
+        if ended := _ended_before(job, stream, stop_tokens, walk):
             return self._nothing_left(command.key, job, stream, ended, len(prompt), seed)
         # An answer may be as long as what the prompt leaves of the context: then it ends with LENGTH.
         context_tokens = self.batcher.config.context_tokens
@@ -231,7 +307,7 @@ class EngineLoop:
             sampling=job.sampling,
             seed=seed,
             stream=stream,
-            sampler=self._model.sampler(job.sampling, seed, job.resume_token_ids, prompt),
+            sampler=self._model.sampler(job.sampling, seed, job.resume_token_ids, prompt, walk),
             stop_tokens=stop_tokens,
             index=len(job.resume_token_ids),
         )
@@ -298,12 +374,18 @@ class EngineLoop:
         self._model.place(plan.places)
         rows = self._model.run(plan.slices)
         sampled: list[Sampled] = []
+        reports: list[Report] = []
         for generation_id, row in rows.items():
             if generation := self._generations.get(generation_id):
-                token = generation.sampler.draw(row, generation.index)
-                stop = generation.take(token, self._model.piece(token))
-                sampled.append(Sampled(id=generation_id, token_id=token, stop=stop))
-        reports: list[Report] = []
+                try:
+                    drawn = generation.sampler.draw(row, generation.index)
+                except ConstraintInvalid as error:
+                    reports.append(failed(generation.key, error))
+                    self.batcher.cancel(generation_id)
+                    self._forget(generation_id)
+                    continue
+                stop = generation.take(drawn, self._model.piece(drawn.token_id))
+                sampled.append(Sampled(id=generation_id, token_id=drawn.token_id, stop=stop))
         now = clock()
         for output in self.batcher.commit(sampled, now):
             reports.extend(self._report(output))
@@ -346,9 +428,11 @@ class EngineLoop:
         return Statistics(self.batcher.load(), self.batcher.steps)
 
 
-def _ended_before(job: Job, stream: TextStream, stop_tokens: frozenset[int]) -> FinishReason | None:
+def _ended_before(
+    job: Job, stream: TextStream, stop_tokens: frozenset[int], walk: Walk | None
+) -> FinishReason | None:
     """Why a resumed job has nothing left to do; None if it has."""
     resumed = job.resume_token_ids
-    if stream.matched_stop or (resumed and resumed[-1] in stop_tokens):
+    if stream.matched_stop or (resumed and resumed[-1] in stop_tokens) or (walk is not None and walk.ended):
         return FinishReason.STOP
     return FinishReason.LENGTH if len(resumed) >= job.sampling.max_tokens else None

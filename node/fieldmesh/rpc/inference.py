@@ -12,13 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fieldmesh.core.errors import InvalidRequest
+from fieldmesh.core.errors import ConstraintInvalid, InvalidRequest
 from fieldmesh.core.model import (
     Ask,
     Attempt,
     CandidateNote,
     Chunk,
     Completion,
+    Constraint,
+    ConstraintKind,
     EngineState,
     Explanation,
     FinishReason,
@@ -42,6 +44,7 @@ NAME_CHARS_MAX: Final = 128
 STOPS_MAX: Final = 16
 STOP_BYTES_MAX: Final = 256
 STOP_TOKEN_IDS_MAX: Final = 64
+CONSTRAINT_BYTES_MAX: Final = 65_536
 TOKEN_ID_MAX: Final = 2**31 - 1
 
 
@@ -228,12 +231,29 @@ def _overrides(params: pb.SamplingParams, limits: RequestLimits) -> SamplingOver
         given["seed"] = params.seed
     if params.HasField("ignore_eos"):
         given["ignore_eos"] = params.ignore_eos
+    if (constraint := _constraint(params)) is not None:
+        given["constraint"] = constraint
     if params.stop:
         given["stop"] = _stops(params.stop)
     if params.stop_token_ids:
         field = "sampling_params.stop_token_ids"
         given["stop_token_ids"] = _token_ids(field, params.stop_token_ids, STOP_TOKEN_IDS_MAX)
     return SamplingOverrides(**given)
+
+
+def _constraint(params: pb.SamplingParams) -> Constraint | None:
+    name = params.WhichOneof("constraint")
+    if name is None or (name == "json_object" and not params.json_object):
+        return None
+    source = "" if name == "json_object" else getattr(params, name)
+    constraint = Constraint(kind=ConstraintKind(name), source=source)
+    if name != "json_object" and not source:
+        raise ConstraintInvalid(f"{constraint.field} is empty; leave it out", field=constraint.field)
+    if len(source.encode()) > CONSTRAINT_BYTES_MAX:
+        raise ConstraintInvalid(
+            f"{constraint.field} is larger than {CONSTRAINT_BYTES_MAX} bytes of UTF-8", field=constraint.field
+        )
+    return constraint
 
 
 def _stops(stops: Iterable[str]) -> tuple[str, ...]:
@@ -308,6 +328,9 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, ask: Ask) -> None:
                     f"sampling_params.{name} is {shown(value)}; accepted is {accepted}",
                     field=f"sampling_params.{name}",
                 ) from None
+    if (constraint := ask.sampling.constraint) is not None:
+        value = True if constraint.kind is ConstraintKind.JSON_OBJECT else constraint.source
+        setattr(params, constraint.kind.value, value)
     params.stop.extend(ask.sampling.stop or ())
     params.stop_token_ids.extend(ask.sampling.stop_token_ids or ())
 
