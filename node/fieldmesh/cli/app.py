@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 from fieldmesh import __version__
-from fieldmesh.cli import asking, configuration, looking, profiling, serving, terminal, up
+from fieldmesh.cli import agreed, asking, configuration, looking, profiling, serving, terminal, up, voters
 from fieldmesh.core.errors import FieldmeshError, NodeUnreachable
 
 EPILOG = (
-    "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not available, 4 not found, 130 interrupted. "
+    "Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 not available, 4 not found, 5 not known "
+    "whether done, 130 interrupted. "
     "--node and FIELDMESH_NODE say which node to ask; FIELDMESH_DEBUG=1 shows where an error came from."
 )
 
@@ -59,6 +60,17 @@ app.command()(asking.chat)
 app.command()(looking.status)
 app.add_typer(profiling.app, name="profiles")
 app.add_typer(configuration.app, name="config")
+for _name, _command in (
+    ("get", agreed.get),
+    ("set", agreed.set_),
+    ("delete", agreed.delete),
+    ("watch", agreed.watch),
+    ("history", agreed.history),
+    ("diff", agreed.diff),
+    ("rollback", agreed.rollback),
+):
+    configuration.app.command(_name)(_command)
+app.add_typer(voters.app, name="raft")
 app.command()(looking.health)
 
 

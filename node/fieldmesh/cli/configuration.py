@@ -1,4 +1,7 @@
-"""`config check`. Owns: showing what a node would run with, and where each value comes from."""
+"""`config check`. Owns: showing what a node would run with, and where each value comes from.
+
+What the whole mesh agrees on is ``cli.agreed``'s.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ from fieldmesh.cli import terminal
 from fieldmesh.cli.asking import Json
 from fieldmesh.cli.serving import ConfigFile
 
-app = typer.Typer(help="The configuration of a node.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="The configuration of a node (check), and what the whole mesh agrees on (the rest).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()
 def group() -> None:
-    """The configuration of a node."""
+    """The configuration of a node (check), and what the whole mesh agrees on (the rest)."""
 
 
 @app.command()

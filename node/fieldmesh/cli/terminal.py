@@ -23,6 +23,7 @@ FAILURE: Final = 1
 USAGE: Final = 2
 UNAVAILABLE: Final = 3
 NOT_FOUND: Final = 4
+UNKNOWN: Final = 5
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 # A table that goes to a file or a pager is not folded to the width of a terminal that is not there.
@@ -34,6 +35,7 @@ _EXIT_CODES: Final = {
     Status.RESOURCE_EXHAUSTED: UNAVAILABLE,
     Status.DEADLINE_EXCEEDED: UNAVAILABLE,
     Status.NOT_FOUND: NOT_FOUND,
+    Status.UNKNOWN: UNKNOWN,
 }
 
 

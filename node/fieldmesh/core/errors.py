@@ -279,6 +279,34 @@ class ChangeRefused(FieldmeshError):
     status = Status.FAILED_PRECONDITION
 
 
+class KeyNotFound(FieldmeshError):
+    """The configuration has no such key."""
+
+    code = "KEY_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
+class RevisionConflict(FieldmeshError):
+    """Somebody changed the key in between: nothing was done. ``metadata["revision"]`` is its last change."""
+
+    code = "REVISION_CONFLICT"
+    status = Status.ABORTED
+
+
+class SessionExpired(FieldmeshError):
+    """A write came under a session that is forgotten; whether it was done before, the history says."""
+
+    code = "SESSION_EXPIRED"
+    status = Status.FAILED_PRECONDITION
+
+
+class ConfigurationFull(FieldmeshError):
+    """The configuration holds as many keys, or as much text, as it may; nothing was done."""
+
+    code = "CONFIGURATION_FULL"
+    status = Status.FAILED_PRECONDITION
+
+
 class ConsensusStopped(FieldmeshError):
     """This node's part in the log has stopped, because its disk refused; inference goes on."""
 

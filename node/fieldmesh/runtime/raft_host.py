@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any, assert_never
 
@@ -144,6 +145,14 @@ class RaftHost:
             await self._in_thread(self._store.found, stored)
         finally:
             self._begin(await self._in_thread(self._store.load))
+
+    async def backup(self) -> Path:
+        """Write a consistent copy of the store beside it; the caller reads and removes it, one at a time.
+        Raises StateUnwritable."""
+        copy = self._store.path.with_name(self._store.path.name + ".copy")
+        copy.unlink(missing_ok=True)
+        await self._in_thread(self._store.backup, copy)
+        return copy
 
     async def close(self) -> None:
         """End this life; what was saved stays. Harmless when repeated."""

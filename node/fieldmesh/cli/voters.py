@@ -1,0 +1,210 @@
+"""The commands of `raft`. Owns: showing and changing who votes in the log, and copies of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fieldmesh.cli import terminal
+from fieldmesh.cli.agreed import admin_of
+from fieldmesh.cli.asking import Json, Node
+from fieldmesh.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fieldmesh.v1 import admin_pb2 as pb
+
+app = typer.Typer(
+    help="The log that carries what the mesh agrees on.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Whom = Annotated[str, typer.Argument(metavar="NODE", help="Id or name of a node.")]
+
+
+@app.callback()
+def group() -> None:
+    """The log that carries what the mesh agrees on."""
+
+
+@app.command()
+def status(node: Node = None, as_json: Json = False) -> None:
+    """Show the leader, the voters, the revision, and how far behind the asked node is."""
+    with admin_of(node) as admin:
+        found = admin.status()
+    if as_json:
+        terminal.write_json(status_json(found))
+        return
+    for line in _lines(found):
+        terminal.write(line + "\n")
+    if not found.members:
+        return
+    shown = terminal.table("node", "id", "part", "here", "durable up to")
+    for member in found.members:
+        part = "leader" if member.id == found.leader_id else "voter" if member.voter else "learner"
+        terminal.add_row(
+            shown,
+            f"{member.name or '–'}{' *' if member.id == found.local_id else ''}",
+            member.id,
+            f"{part}, has lost its log" if member.lost else part,
+            "yes" if member.here else "no",
+            member.match or "–",
+        )
+    terminal.console().print(shown)
+
+
+def status_json(found: pb.GetRaftStatusResponse) -> dict[str, Any]:
+    """What one node knows of the log, as `--json` prints it."""
+    return {
+        "local_id": found.local_id,
+        "role": found.role,
+        "log": found.group,
+        "epoch": found.epoch,
+        "term": found.term,
+        "leader": {"id": found.leader_id, "name": found.leader_name} if found.leader_id else None,
+        "voters": [member.id for member in found.members if member.voter],
+        "learners": [member.id for member in found.members if not member.voter],
+        "members": [
+            {
+                "id": member.id,
+                "name": member.name,
+                "voter": member.voter,
+                "here": member.here,
+                "match": member.match or None,
+                "lost": member.lost,
+            }
+            for member in found.members
+        ],
+        "revision": found.revision,
+        "commit": found.commit,
+        "lag_entries": found.lag_entries,
+        "stale_s": found.stale_s if found.HasField("stale_s") else None,
+        "advice": found.advice,
+        "stopped": found.stopped,
+        "other_logs": {other.group: list(other.node_ids) for other in found.other_logs},
+    }
+
+
+def summary(found: pb.GetRaftStatusResponse) -> str:
+    """One line about the log, as the asked node sees it."""
+    if found.role == "none":
+        return "no configuration is agreed on yet: start one node with --found, once"
+    voters = sum(member.voter for member in found.members)
+    leader = found.leader_name or found.leader_id or "none known"
+    behind = f", {found.lag_entries} entries behind" if found.lag_entries else ""
+    age = _age(found)
+    return (
+        f"leader {leader}, term {found.term}, {voters} voter{'' if voters == 1 else 's'}, "
+        f"revision {found.revision}{behind}{age}; this node is {found.role}"
+    )
+
+
+def _age(found: pb.GetRaftStatusResponse) -> str:
+    if not found.HasField("stale_s"):
+        return ", of unknown age"
+    return f", {found.stale_s:.1f} s old" if found.stale_s >= 1.0 else ""
+
+
+def _lines(found: pb.GetRaftStatusResponse) -> list[str]:
+    lines = [summary(found)]
+    if found.group:
+        lines.append(f"log {found.group}" + (f", epoch {found.epoch}" if found.epoch else ""))
+    if found.stopped:
+        lines.append(f"STOPPED here: {found.stopped}")
+    if found.advice:
+        lines.append(f"voters: {found.advice}")
+    lines += [
+        f"another log, {other.group}, is kept by {', '.join(other.node_ids)}: end these nodes, move their "
+        "state folders away and start them again"
+        for other in found.other_logs
+    ]
+    return lines
+
+
+@app.command()
+def transfer(
+    to: Annotated[
+        str, typer.Argument(metavar="NODE", help="Id or name of a voter; left out, the one furthest along.")
+    ] = "",
+    node: Node = None,
+    as_json: Json = False,
+) -> None:
+    """Hand the leader's office to another voter."""
+    with admin_of(node) as admin:
+        leader = admin.transfer(to)
+    _done(as_json, f"{leader} leads now.", leader=leader)
+
+
+@app.command()
+def add(
+    whom: Whom,
+    learner: Annotated[bool, typer.Option("--learner", help="Let it follow without a vote.")] = False,
+    node: Node = None,
+    as_json: Json = False,
+) -> None:
+    """Make a node a voter, once it has caught up. (The mesh does so itself unless voters/policy says no.)"""
+    with admin_of(node) as admin:
+        added = admin.add(whom, learner=learner)
+        automatic = not as_json and _automatic(admin)
+    _done(as_json, f"{added} is a {'learner' if learner else 'voter'} now.", node=added, voter=not learner)
+    if automatic:
+        terminal.say(_NOTE)
+
+
+@app.command()
+def remove(whom: Whom, node: Node = None, as_json: Json = False) -> None:
+    """Take a voter or learner out of the log; it goes on serving, and follows what is agreed on."""
+    with admin_of(node) as admin:
+        removed = admin.remove(whom)
+        automatic = not as_json and _automatic(admin)
+    _done(as_json, f"{removed} votes no more.", node=removed)
+    if automatic:
+        terminal.say(_NOTE)
+
+
+_NOTE = (
+    "The mesh chooses its voters itself and may change this again; to keep it, "
+    "fieldmesh config set voters/policy '{\"automatic\": false}'"
+)
+
+
+def _automatic(admin: Any) -> bool:
+    from fieldmesh.core.errors import KeyNotFound
+
+    try:
+        return bool(admin.get("voters/policy", level="local").settings[0].value.get("automatic"))
+    except KeyNotFound:
+        return True
+
+
+def _done(as_json: bool, words: str, **facts: Any) -> None:
+    if as_json:
+        terminal.write_json(facts)
+    else:
+        terminal.say(words)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="Where to write it; it must not exist.")],
+    node: Node = None,
+    as_json: Json = False,
+) -> None:
+    """Write a copy of the asked node's log while it runs; `raft restore` reads it on the same node."""
+    if file.exists():
+        raise ConfigError(f"{file} exists already; name a file that does not.", field="file")
+    partial = file.with_name(file.name + ".new")
+    size = 0
+    try:
+        with admin_of(node) as admin, partial.open("wb") as written:
+            for piece in admin.backup():
+                size += written.write(piece)
+            written.flush()
+            os.fsync(written.fileno())
+        partial.rename(file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}.", field="file") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _done(as_json, f"{size} bytes written to {file}.", file=str(file), bytes=size)

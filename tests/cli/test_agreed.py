@@ -1,0 +1,192 @@
+"""`config get` and its sisters, and `raft`, against a real council of one voter: what a person and a script
+are told, and the exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from fieldmesh.cli.agreed import json_text
+from fieldmesh.client.admin import Admin
+from fieldmesh.core.errors import OutcomeUnknown
+from fieldmesh.runtime.raft_store import RaftStore
+from tests.cli.conftest import Commands
+from tests.runtime.agreed_node import ME, AgreedNode
+
+Loop = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture
+def agreed(tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[AgreedNode]:
+    folder = tmp_path / "agreed"
+    folder.mkdir()
+    made = AgreedNode(folder)
+    with capture_logs():  # the node's log would stand between what the command prints
+        loop(made.start())
+        monkeypatch.setenv("FIELDMESH_NODE", str(made.address))
+        yield made
+        loop(made.close())
+
+
+def document(cli: Commands, *arguments: str) -> Any:
+    assert cli(*arguments, "--json") == 0, cli.err
+    return json.loads(cli.out)
+
+
+@pytest.mark.usefixtures("agreed")
+def test_a_value_is_set_read_and_deleted(cli: Commands) -> None:
+    assert cli("config", "set", "routing/policy", "round-robin") == 0
+    assert (cli.out, cli.err) == ("", "routing/policy is set, revision 1.\n")
+    assert cli("config", "get", "routing/policy") == 0
+    assert (cli.out, cli.err) == ('"round-robin"\n', "")
+    assert cli("config", "delete", "routing/policy", "--if-revision", "1") == 0
+    assert cli("config", "get", "routing/policy") == 4
+    assert "[KEY_NOT_FOUND]" in cli.err
+
+
+@pytest.mark.usefixtures("agreed")
+def test_what_scripts_read_is_json(cli: Commands) -> None:
+    assert document(cli, "config", "set", "limits/hops_max", "3") == {
+        "outcome": "done",
+        "key": "limits/hops_max",
+        "revision": 1,
+    }
+    one = document(cli, "config", "get", "limits/hops_max")
+    assert (one["value"], one["revision"], one["current"]) == (3, 1, True)
+    every = document(cli, "config", "get", "--prefix", "limits/")
+    assert every["settings"] == {"limits/hops_max": {"value": 3, "revision": 1}}
+    change = document(cli, "config", "history")["changes"][0]
+    assert (change["key"], change["before"], change["after"]) == ("limits/hops_max", None, 3)
+    assert "@" in change["author"]
+    assert change["origin"].startswith("alpha from ")
+
+
+@pytest.mark.usefixtures("agreed")
+def test_history_diff_and_rollback_belong_together(cli: Commands) -> None:
+    for value in ("1", "2", "3"):
+        assert cli("config", "set", "app/x", value, "--author", "ann") == 0
+    assert cli("config", "history") == 0
+    assert cli.out.count("ann") == 3
+    assert document(cli, "config", "diff", "1")["differences"] == [{"key": "app/x", "before": 1, "after": 3}]
+    planned = document(cli, "config", "rollback", "1", "--dry-run")
+    assert (planned["dry_run"], planned["revision"]) == (True, 3)
+    assert cli("config", "rollback", "1") == 0
+    assert "Rolled back to revision 1 by revision 4." in cli.err
+    assert document(cli, "config", "get", "app/x")["value"] == 1
+    assert cli("config", "rollback", "4") == 0
+    assert "Nothing differs." in cli.err
+
+
+@pytest.mark.usefixtures("agreed")
+def test_a_stale_condition_is_refused_with_the_revision_that_is_there(cli: Commands) -> None:
+    assert cli("config", "set", "app/x", "1") == 0
+    assert cli("config", "set", "app/x", "2", "--if-revision", "0") == 1
+    assert "revision 1" in cli.err
+    assert "[REVISION_CONFLICT]" in cli.err
+
+
+@pytest.mark.usefixtures("agreed")
+def test_a_value_that_may_not_be_is_a_sentence_that_names_what_may(cli: Commands) -> None:
+    assert cli("config", "set", "routing/policy", "fastest") == 2
+    assert "expected-time, round-robin, least-loaded, random" in cli.err
+
+
+@pytest.mark.usefixtures("agreed")
+def test_a_value_comes_from_stdin(cli: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"profiles": ["legal"]}\n'))
+    assert cli("config", "set", "domains/law", "-") == 0
+    assert document(cli, "config", "get", "domains/law")["value"] == {"profiles": ["legal"]}
+
+
+@pytest.mark.usefixtures("agreed")
+def test_nothing_set_is_said_in_words(cli: Commands) -> None:
+    assert cli("config", "get") == 0
+    assert (cli.out, "Nothing is set" in cli.err) == ("", True)
+
+
+@pytest.mark.usefixtures("agreed")
+def test_an_unknown_write_has_an_exit_code_of_its_own_and_can_be_tried_again(
+    cli: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Admin._call
+
+    def loses_the_answer(self: Admin, method: str, request: Any) -> Any:
+        answer = real(self, method, request)
+        if method == "WriteConfig":
+            raise OutcomeUnknown("no answer came")
+        return answer
+
+    monkeypatch.setattr(Admin, "_call", loses_the_answer)
+    assert cli("config", "set", "app/x", "1", "--json") == 5
+    told = json.loads(cli.out)
+    assert told["outcome"] == "unknown"
+    assert f"--retry {told['ticket']}" in cli.err
+    monkeypatch.setattr(Admin, "_call", real)
+    assert document(cli, "config", "set", "app/x", "1", "--retry", told["ticket"])["revision"] == 1
+    assert len(document(cli, "config", "history")["changes"]) == 1
+
+
+@pytest.mark.usefixtures("agreed")
+def test_what_is_no_ticket_is_wrong_usage(cli: Commands) -> None:
+    assert cli("config", "set", "app/x", "1", "--retry", "soon") == 2
+    assert "--retry" in cli.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("round-robin", '"round-robin"'),
+        ('"quoted"', '"quoted"'),
+        ("3", "3"),
+        ("true", "true"),
+        ("NaN", '"NaN"'),
+        ('{"a": [1]}', '{"a": [1]}'),
+        ("", '""'),
+        ("[" * 100_000, json.dumps("[" * 100_000)),
+    ],
+)
+def test_what_is_no_json_is_a_word(typed: str, text: str) -> None:
+    assert json_text(typed) == text
+
+
+@pytest.mark.usefixtures("agreed")
+def test_the_log_is_shown_to_people_and_scripts(cli: Commands) -> None:
+    assert cli("config", "set", "app/x", "1") == 0
+    found = document(cli, "raft", "status")
+    assert (found["role"], found["voters"], found["revision"]) == ("leader", [ME], 1)
+    assert found["leader"] == {"id": ME, "name": "alpha"}
+    assert cli("raft", "status") == 0
+    assert "leader alpha, term" in cli.out
+    assert "1 voter, revision 1" in cli.out
+
+
+@pytest.mark.usefixtures("agreed")
+def test_members_are_added_and_removed_and_the_mesh_may_differ(cli: Commands) -> None:
+    assert cli("raft", "add", "beta", "--learner") == 0
+    assert "The mesh chooses its voters itself" in cli.err
+    assert cli("config", "set", "voters/policy", '{"automatic": false}') == 0
+    assert document(cli, "raft", "remove", "beta")["node"].startswith("b")
+    assert cli("raft", "remove", "alpha") == 1
+    assert "last voter" in cli.err
+
+
+@pytest.mark.usefixtures("agreed")
+def test_a_backup_is_written_whole_or_not_at_all(cli: Commands, tmp_path: Path) -> None:
+    file = tmp_path / "log.backup"
+    assert document(cli, "raft", "backup", str(file))["bytes"] == file.stat().st_size
+    RaftStore.open(file, ME).close()
+    assert cli("raft", "backup", str(file)) == 2
+    assert "exists already" in cli.err
+    assert cli("raft", "backup", str(tmp_path / "no" / "folder")) == 2
+
+
+def test_a_node_that_is_not_there_is_said_so(cli: Commands) -> None:
+    assert cli("config", "get", "--node", "127.0.0.1:1") == 3
+    assert "cannot be reached" in cli.err

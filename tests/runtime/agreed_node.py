@@ -1,0 +1,81 @@
+"""A client listener with the real ``AdminService`` over a real council of one voter, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import grpc
+
+from fieldmesh.core.errors import NodeUnreachable
+from fieldmesh.core.model import Address, Member, MeshView, NodeId, NodeState, Seat
+from fieldmesh.core.raft_model import RaftConfig
+from fieldmesh.runtime.admin import ADMIN, Admin
+from fieldmesh.runtime.council import Council, CouncilConfig
+from fieldmesh.runtime.door import handlers
+from fieldmesh.runtime.raft_store import RaftStore
+
+ME = NodeId("a" * 32)
+OTHER = NodeId("b" * 32)
+FAST = CouncilConfig(
+    raft=RaftConfig(heartbeat_s=0.02, election_timeout_s=0.1),
+    timeout_s=2.0,
+    leader_patience_s=0.3,
+    found_wait_s=0.0,
+)
+
+
+class Alone:
+    """Colleagues of a node whom nobody answers."""
+
+    def send(self, to: NodeId, message: object) -> None:
+        pass
+
+    def seats(self) -> Mapping[NodeId, Seat]:
+        return {}
+
+    async def submit(self, *_: object) -> Any:
+        raise NodeUnreachable("nobody is there")
+
+    read_index = change = submit
+
+
+class AgreedNode:
+    """One node; ``address`` is where it listens."""
+
+    def __init__(self, folder: Path, *, found: bool = True) -> None:
+        self.folder = folder
+        self.founds = found
+        self.address = Address(host="127.0.0.1", port=0)
+        self.others = [OTHER]
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> None:
+        store = RaftStore.open(self.folder / "log.sqlite3", ME)
+        self.council = Council(store, colleagues=Alone(), rng=Random(1), config=FAST)
+        await self.council.start(found=self.founds)
+        self._stack.push_async_callback(self.council.close)
+        admin = Admin(self.council, name="alpha", view=self.view, advice=lambda: "one voter is right")
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        server.add_generic_rpc_handlers((handlers(ADMIN, admin),))
+        self.address = Address(
+            host="127.0.0.1", port=server.add_insecure_port(f"127.0.0.1:{self.address.port}")
+        )
+        await server.start()
+        self._stack.push_async_callback(server.stop, None)
+        while self.founds and not self.council.leading:
+            await self.council.wait_changed()
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    def view(self) -> MeshView:
+        names = {ME: "alpha", **dict.fromkeys(self.others, "beta")}
+        members = tuple(
+            Member(id=node, name=name, address=self.address, state=NodeState.ALIVE, incarnation=1)
+            for node, name in sorted(names.items())
+        )
+        return MeshView(local=ME, members=members)
