@@ -198,6 +198,17 @@ class RoutingSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConsensusSlice:
+    """This node's part in the replicated configuration."""
+
+    found: Annotated[
+        bool,
+        "Found the configuration of the mesh here, unless this node or one that it can see has it already; "
+        "say so on one node of a mesh",
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSlice:
     """What this node writes to stderr."""
 
@@ -220,6 +231,7 @@ class NodeConfig:
     engine: EngineSlice = field(default_factory=EngineSlice)
     limits: LimitsSlice = field(default_factory=LimitsSlice)
     routing: RoutingSlice = field(default_factory=RoutingSlice)
+    consensus: ConsensusSlice = field(default_factory=ConsensusSlice)
     log: LogSlice = field(default_factory=LogSlice)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -14,7 +14,8 @@ from fieldmesh.core.errors import NodeUnreachable
 from fieldmesh.core.model import Address, Member, MeshView, NodeId, NodeState, Seat
 from fieldmesh.core.raft_model import RaftConfig
 from fieldmesh.runtime.admin import ADMIN, Admin
-from fieldmesh.runtime.council import Council, CouncilConfig
+from fieldmesh.runtime.council import Council
+from fieldmesh.runtime.council_model import CouncilConfig
 from fieldmesh.runtime.door import handlers
 from fieldmesh.runtime.raft_store import RaftStore
 
@@ -40,7 +41,21 @@ class Alone:
     async def submit(self, *_: object) -> Any:
         raise NodeUnreachable("nobody is there")
 
+    async def watch(self, *_: object) -> AsyncGenerator[Any, None]:
+        raise NodeUnreachable("nobody is there")
+        yield
+
     read_index = change = submit
+
+
+class Shelf(dict[str, bytes]):
+    """Where an observer keeps what it knows."""
+
+    def read(self, key: str) -> bytes | None:
+        return self.get(key)
+
+    def write(self, key: str, value: bytes) -> None:
+        self[key] = value
 
 
 class AgreedNode:
@@ -54,8 +69,14 @@ class AgreedNode:
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
-        store = RaftStore.open(self.folder / "log.sqlite3", ME)
-        self.council = Council(store, colleagues=Alone(), rng=Random(1), config=FAST)
+        self.council = Council(
+            ME,
+            open_store=lambda: RaftStore.open(self.folder / "log.sqlite3", ME),
+            shelf=Shelf(),
+            colleagues=Alone(),
+            rng=Random(1),
+            config=FAST,
+        )
         await self.council.start(found=self.founds)
         self._stack.push_async_callback(self.council.close)
         admin = Admin(self.council, name="alpha", view=self.view, advice=lambda: "one voter is right")

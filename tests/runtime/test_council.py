@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from fieldmesh.core.errors import (
     FieldmeshError,
     InvalidRequest,
     LogNotFounded,
+    NodeUnreachable,
     NoQuorum,
     OutcomeUnknown,
     StateUnwritable,
@@ -27,7 +28,8 @@ from fieldmesh.core.errors import (
 from fieldmesh.core.model import NodeId, Seat, SeatKind
 from fieldmesh.core.raft_model import RaftConfig, Save
 from fieldmesh.core.settings import Change, Code, Outcome
-from fieldmesh.runtime.council import Changed, Council, CouncilConfig, Whole
+from fieldmesh.runtime.council import Council
+from fieldmesh.runtime.council_model import Changed, CouncilConfig, Whole
 from fieldmesh.runtime.raft_store import RaftStore
 
 ME = NodeId("a" * 32)
@@ -54,7 +56,21 @@ class Nobody:
     async def submit(self, *_: object) -> Any:
         raise AssertionError("nobody is there")
 
+    async def watch(self, *_: object) -> AsyncGenerator[Any, None]:
+        raise NodeUnreachable("nobody is there")
+        yield
+
     read_index = change = submit
+
+
+class Shelf(dict[str, bytes]):
+    """Where an observer keeps what it knows."""
+
+    def read(self, key: str) -> bytes | None:
+        return self.get(key)
+
+    def write(self, key: str, value: bytes) -> None:
+        self[key] = value
 
 
 class FullDisk(RaftStore):
@@ -72,8 +88,14 @@ class FullDisk(RaftStore):
 async def council(
     folder: Path, *, found: bool = True, colleagues: Nobody | None = None
 ) -> AsyncIterator[Council]:
-    store = FullDisk.open(folder / "log.sqlite3", ME)
-    made = Council(store, colleagues=colleagues or Nobody(), rng=Random(1), config=FAST)
+    made = Council(
+        ME,
+        open_store=lambda: FullDisk.open(folder / "log.sqlite3", ME),
+        shelf=Shelf(),
+        colleagues=colleagues or Nobody(),
+        rng=Random(1),
+        config=FAST,
+    )
     await made.start(found=found)
     try:
         yield made

@@ -53,6 +53,9 @@ def serve(
     context_tokens: Annotated[int | None, typer.Option(help="Context. [default: the profile's]")] = None,
     queue_max: Annotated[int | None, typer.Option(help="Requests that may wait. [default: 32]")] = None,
     policy: Annotated[str | None, typer.Option(help="[default: expected-time]")] = None,
+    found: Annotated[
+        bool | None, typer.Option("--found", help="Found the mesh's configuration here: on one node only.")
+    ] = None,
     state_folder: Annotated[
         str | None, typer.Option(help="Folder of the node's identity. [default: one for each mesh and name]")
     ] = None,
@@ -89,6 +92,7 @@ def serve(
         "engine.context_tokens": context_tokens,
         "engine.queue_max": queue_max,
         "routing.policy": policy,
+        "consensus.found": found,
         "log.format": log_format,
         "log.level": log_level,
     }

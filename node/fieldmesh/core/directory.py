@@ -44,6 +44,8 @@ def problem(row: Row) -> str:
         return f"addresses: at most {ADDRESSES_MAX} are accepted"
     if len(row.profiles) > PROFILES_MAX:
         return f"profiles: at most {PROFILES_MAX} are accepted"
+    if row.seat is not None and not 1 <= len(row.seat.log) <= NAME_CHARACTERS_MAX:
+        return f"seat: a log's name has 1 to {NAME_CHARACTERS_MAX} characters"
     for profile in row.profiles:
         if len(profile.domains) > DOMAINS_PER_PROFILE_MAX:
             return f"profile {profile.name}: at most {DOMAINS_PER_PROFILE_MAX} domains are accepted"

@@ -28,7 +28,7 @@ from fieldmesh.core.messages import (
     Sealer,
     Welcome,
 )
-from fieldmesh.core.model import Address, Member, MeshView, NodeId, NodeState, ProfileOffer, Row
+from fieldmesh.core.model import Address, Member, MeshView, NodeId, NodeState, ProfileOffer, Row, Seat
 from fieldmesh.core.peers import (
     AddressesChanged,
     JoinHint,
@@ -82,6 +82,7 @@ class OfferChanged:
     profiles: tuple[ProfileOffer, ...] | None = None
     addresses: tuple[Address, ...] | None = None
     client_addresses: tuple[Address, ...] | None = None
+    seat: Seat | None = None
 
 
 Event = Tick | Received[ControlMessage] | JoinHint | LinkFailed | LoadChanged | OfferChanged | LeaveRequested
@@ -128,6 +129,7 @@ class Mesh:
         self.config = config or MeshConfig()
         self._identity = identity
         self._profiles: tuple[ProfileOffer, ...] = ()
+        self._seat: Seat | None = None
         self._codec = codec
         self._rng = rng
         self.membership = Membership(
@@ -278,6 +280,7 @@ class Mesh:
             addresses=self._identity.addresses,
             client_addresses=self._identity.client_addresses,
             profiles=self._profiles,
+            seat=self._seat,
             version=self._identity.version,
         )
         wrong = directory.problem(row)
@@ -287,9 +290,11 @@ class Mesh:
         self._rows[row.id] = row
 
     def _offer(self, event: OfferChanged, now: float) -> Iterable[Effect]:
-        before = (self._identity, self._profiles)
+        before = (self._identity, self._profiles, self._seat)
         if event.profiles is not None:
             self._profiles = event.profiles
+        if event.seat is not None:
+            self._seat = event.seat
         if event.addresses is not None:
             self._identity = replace(self._identity, addresses=event.addresses)
         if event.client_addresses is not None:
@@ -297,7 +302,7 @@ class Mesh:
         try:
             self._publish()
         except InvalidRequest:
-            self._identity, self._profiles = before
+            self._identity, self._profiles, self._seat = before
             raise
         self._rows_changed()
         effects: list[Effect] = []

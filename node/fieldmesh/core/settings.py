@@ -152,6 +152,7 @@ class State:
 
 _decoder = msgspec.json.Decoder(Command, strict=True)
 _state_decoder = msgspec.json.Decoder(State, strict=True)
+_records_decoder = msgspec.json.Decoder(tuple[Record, ...], strict=True)
 
 
 # --- bytes -------------------------------------------------------------------------------
@@ -186,6 +187,22 @@ def restore(data: bytes) -> State:
         return State()
     _known(version_of(data), "a snapshot")
     return _state_decoder.decode(data[1:])
+
+
+def for_observers(state: State) -> State:
+    """The state without what only members of the log need."""
+    return replace(state, sessions={}) if state.sessions else state
+
+
+def encode_records(records: tuple[Record, ...]) -> bytes:
+    """Changes as bytes for those who follow."""
+    return bytes((COMMAND_VERSION,)) + msgspec.json.encode(records)
+
+
+def decode_records(data: bytes) -> tuple[Record, ...]:
+    """The inverse. Raises UpgradeNeeded, ValueError."""
+    _known(version_of(data), "a change")
+    return _records_decoder.decode(data[1:])
 
 
 def _known(version: int, what: str) -> None:
@@ -339,6 +356,29 @@ def changes_since(state: State, revision: int) -> tuple[Record, ...] | None:
     if revision < state.history_floor:
         return None
     return tuple(record for record in state.history if record.revision > revision)
+
+
+def follow(state: State, records: tuple[Record, ...], revision: int) -> State:
+    """The state at ``revision``, after changes that were done elsewhere. Raises ValueError where they do not
+    go on from it (a revision without changes is possible: a key that was not there was deleted)."""
+    values, characters, newest = dict(state.values), state.values_characters, state.revision
+    for record in records:
+        before = values.pop(record.key, None)
+        continues = (before.text if before is not None else None) == record.before
+        if not continues or not max(newest, state.revision + 1) <= record.revision <= revision:
+            raise ValueError(
+                f"the change of {record.key} in revision {record.revision} does not go on from here"
+            )
+        newest = record.revision
+        characters -= len(record.key) + len(before.text) if before is not None else 0
+        if record.after is not None:
+            values[record.key] = Value(text=record.after, revision=newest)
+            characters += len(record.key) + len(record.after)
+    if revision < newest:
+        raise ValueError(f"revision {revision} is older than {newest}")
+    time_ms = max(state.time_ms, records[-1].time_ms) if records else state.time_ms
+    followed = replace(state, revision=revision, time_ms=time_ms, values=values, values_characters=characters)
+    return _remember(followed, list(records))
 
 
 def values_at(state: State, revision: int) -> Mapping[str, str]:

@@ -212,7 +212,7 @@ def _chunk(chunk: pb.SnapshotChunk) -> Chunk:
     return Chunk(
         index=_number(chunk.index, "index"),
         index_term=_number(chunk.index_term, "index_term"),
-        members=_members(chunk.members.voters, chunk.members.learners),
+        members=members_from_names(chunk.members.voters, chunk.members.learners),
         offset=_number(chunk.offset, "offset"),
         total_bytes=_number(chunk.total_bytes, "total_bytes"),
         data=chunk.data,
@@ -220,7 +220,7 @@ def _chunk(chunk: pb.SnapshotChunk) -> Chunk:
     )
 
 
-def _members(voters: Iterable[str], learners: Iterable[str]) -> Members:
+def members_from_names(voters: Iterable[str], learners: Iterable[str]) -> Members:
     members = Members(
         voters=tuple(NodeId(voter) for voter in voters), learners=tuple(NodeId(node) for node in learners)
     )

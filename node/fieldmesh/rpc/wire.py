@@ -43,7 +43,7 @@ from fieldmesh.core.messages import (
     Rumored,
     Welcome,
 )
-from fieldmesh.core.model import Address, Domain, NodeId, ProfileOffer, Row
+from fieldmesh.core.model import Address, Domain, NodeId, ProfileOffer, Row, Seat, SeatKind
 from fieldmesh.rpc.inference import load_from_proto, load_to_proto
 from fieldmesh.v1 import mesh_pb2
 from fieldmesh.v1 import peer_pb2 as pb
@@ -57,6 +57,7 @@ CODE_CHARACTERS_MAX: Final = 64
 EXAMPLES_PER_DOMAIN_MAX: Final = 2000
 TEXT_CHARACTERS_MAX: Final = 4000
 """One description or example."""
+_SEAT_KINDS: Final = {kind.value: kind for kind in SeatKind}
 
 _NODE_ID = re.compile(r"[0-9a-f]{32}")
 _RUMORED: Final = {
@@ -411,6 +412,7 @@ def encode_row(row: Row) -> bytes:
         version=row.version,
         protocol_min=row.protocol_min,
         protocol_max=row.protocol_max,
+        seat=_seat_to_proto(row.seat) if row.seat is not None else None,
     )
     return record.SerializeToString(deterministic=True)
 
@@ -441,6 +443,20 @@ def _row(record: mesh_pb2.Row) -> Row:
         version=record.version[:NAME_CHARACTERS_MAX],
         protocol_min=record.protocol_min,
         protocol_max=record.protocol_max,
+        seat=_seat(record.seat) if record.HasField("seat") else None,
+    )
+
+
+def _seat_to_proto(seat: Seat) -> mesh_pb2.Seat:
+    return mesh_pb2.Seat(log=seat.log, epoch=seat.epoch, kind=seat.kind.value)
+
+
+def _seat(seat: mesh_pb2.Seat) -> Seat | None:
+    """None for a kind that only a newer version knows: the rest of the row still counts."""
+    if seat.kind not in _SEAT_KINDS:
+        return None
+    return Seat(
+        log=_text(seat.log, "seat.log", NAME_CHARACTERS_MAX), epoch=seat.epoch, kind=_SEAT_KINDS[seat.kind]
     )
 
 

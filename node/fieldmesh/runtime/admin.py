@@ -27,7 +27,8 @@ from fieldmesh.core.model import MeshView, NodeId, NodeState, SeatKind
 from fieldmesh.core.raft_model import Refusal, Role
 from fieldmesh.core.settings import Change, Code, Command, Kind, Outcome, Record, State
 from fieldmesh.rpc import admin as wire
-from fieldmesh.runtime.council import Changed, Council, CouncilStatus, Reading, Whole
+from fieldmesh.runtime.council import Council
+from fieldmesh.runtime.council_model import Changed, CouncilStatus, Reading, Whole
 from fieldmesh.runtime.door import Context, guarded, guarded_stream
 from fieldmesh.v1 import admin_pb2 as pb
 from fieldmesh.v1 import admin_pb2_grpc

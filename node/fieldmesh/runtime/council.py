@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from random import Random
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from fieldmesh.core import settings, settings_schema
 from fieldmesh.core.errors import (
@@ -29,143 +29,29 @@ from fieldmesh.core.errors import (
     NoQuorum,
     NotLeader,
     OutcomeUnknown,
-    QueueFull,
-    UpgradeNeeded,
 )
+from fieldmesh.core.following import NEVER, Held, LogView
 from fieldmesh.core.model import NodeId, Seat, SeatKind
 from fieldmesh.core.raft_members import founded
-from fieldmesh.core.raft_model import (
-    AddLearner,
-    Change,
-    Members,
-    Message,
-    Promote,
-    RaftConfig,
-    Refusal,
-    Remove,
-    Role,
-    Transfer,
-)
-from fieldmesh.core.settings import Code, Command, Kind, Outcome, Record, State
+from fieldmesh.core.raft_model import AddLearner, Change, Promote, Refusal, Remove, Transfer
+from fieldmesh.core.settings import Code, Command, Kind, Outcome, State
 from fieldmesh.runtime import log
+from fieldmesh.runtime.council_model import (
+    Changed,
+    Colleagues,
+    CouncilConfig,
+    CouncilStatus,
+    Reading,
+    Whole,
+    refusal_error,
+)
+from fieldmesh.runtime.raft_follow import Follower, Shelf
 from fieldmesh.runtime.raft_host import RaftHost, RefusedHere, Unsettled
 from fieldmesh.runtime.raft_store import RaftStore
-
-NEVER = float("-inf")
 
 logger = log.get()
 
 T = TypeVar("T")
-
-
-# --- what callers are given ----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogView:
-    """A log as one node sees it now. ``applied`` is the index up to which its state stands; ``current_at`` is
-    when (loop time) that state was last known to be what the leader had, minus infinity for never."""
-
-    log: str
-    epoch: int
-    term: int
-    leader: NodeId | None
-    members: Members
-    commit: int
-    applied: int
-    current_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """The configuration, and how old it may be: ``stale_s`` is 0 for a linearizable read, None where this
-    node cannot know (it has not heard of a leader since it started)."""
-
-    state: State
-    applied: int
-    stale_s: float | None
-
-    @property
-    def revision(self) -> int:
-        return self.state.revision
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
-    """A watch begins, or begins anew, with everything."""
-
-    state: State
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changed:
-    """A watch goes on: every change after the revision before, up to ``revision``."""
-
-    revision: int
-    records: tuple[Record, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CouncilStatus:
-    """What a person, a web page or the topology policy wants to know. Lists are sorted by node id.
-
-    ``seat`` is None where no log is known. ``lag_entries`` is how far the applied state is behind what is
-    known to be committed. ``stopped_why`` is empty while this node's part in the log runs. The leader alone
-    knows ``matches`` (the last durable index of each other member), ``caught_up`` (learners that may be
-    promoted now) and ``lost_voters`` (came back without their log: remove them, add them again).
-    ``other_logs`` maps every other log that members of this mesh belong to or follow to those nodes.
-    """
-
-    seat: Seat | None
-    role: Role | None
-    term: int
-    leader: NodeId | None
-    voters: tuple[NodeId, ...]
-    learners: tuple[NodeId, ...]
-    commit: int
-    applied: int
-    revision: int
-    lag_entries: int
-    stale_s: float | None
-    stopped_why: str
-    following: NodeId | None
-    log_bytes: int
-    matches: tuple[tuple[NodeId, int], ...]
-    caught_up: tuple[NodeId, ...]
-    lost_voters: tuple[NodeId, ...]
-    other_logs: Mapping[str, tuple[NodeId, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CouncilConfig:
-    """Times and limits (seconds). ``leader_patience_s``: how long a write waits for a leader to appear before
-    it fails with NO_QUORUM; an election takes up to two. ``found_wait_s``: how long a founder looks for a log
-    of this mesh before it founds one. Guesses for a LAN."""
-
-    raft: RaftConfig = field(default_factory=RaftConfig)
-    timeout_s: float = 5.0
-    leader_patience_s: float = 3.0
-    retry_pause_s: float = 0.03
-    found_wait_s: float = 2.0
-
-
-class Colleagues(Protocol):
-    """The other nodes, as the transport reaches them. A call raises NotLeader (nothing done), NodeUnreachable
-    (nothing done), Unsettled (maybe done), or the coded refusal of the node that was asked."""
-
-    def send(self, to: NodeId, message: Message) -> None: ...
-
-    def seats(self) -> Mapping[NodeId, Seat]:
-        """What living nodes say of themselves."""
-        ...
-
-    async def submit(self, leader: NodeId, view: LogView, command: Command, timeout_s: float) -> Outcome: ...
-
-    async def read_index(self, leader: NodeId, view: LogView, timeout_s: float) -> int: ...
-
-    async def change(
-        self, leader: NodeId, view: LogView, change: Change | Transfer, timeout_s: float
-    ) -> None: ...
 
 
 # --- the door ------------------------------------------------------------------------------
@@ -176,27 +62,46 @@ class Council:
 
     def __init__(
         self,
-        store: RaftStore,
+        me: NodeId,
         *,
+        open_store: Callable[[], RaftStore],
+        shelf: Shelf,
         colleagues: Colleagues,
         rng: Random,
         config: CouncilConfig | None = None,
     ) -> None:
-        self.me = store.node
+        self.me = me
         self.config = config or CouncilConfig()
+        self.news = asyncio.Event()
+        """Set, and replaced by another, at the next news of any kind."""
         self.host = RaftHost(
-            store,
+            me,
+            open_store,
             config=self.config.raft,
             rng=rng,
             send=colleagues.send,
             on_change=self._changed,
         )
+        self._follower = Follower(
+            me,
+            colleagues,
+            shelf,
+            rng=rng,
+            leaderless_s=self.config.follow_after_s,
+            wanted=self._follows,
+            news=lambda: self.news,
+            on_change=self._changed,
+        )
         self._colleagues = colleagues
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
+        self._last: Held | None = None
+        self._known_logs: frozenset[str] = frozenset()
+        self._leaderless: asyncio.TimerHandle | None = None
         self._observers: list[Callable[[State], None]] = []
         self._observed: State | None = None
         self._leader: NodeId | None = None
+        self._own_leader: NodeId | None = None
+        self._own_led_at = self._loop.time()
         self._led_at = self._loop.time()
         self._writer = _Writer()
         self._opening = asyncio.Lock()
@@ -211,9 +116,8 @@ class Council:
             await self.host.start()
         except FieldmeshError as error:
             logger.error("consensus_store_refused", code=error.code, error=error.message)
-            self.host.stopped_why = error.message
-            return
-        if found and self.view is None:
+        self._follower.start()
+        if found and self.view is None and not self.host.stopped_why:
             self._founding = self._loop.create_task(self._found_unless_there(), name="founding")
 
     async def close(self) -> None:
@@ -221,7 +125,19 @@ class Council:
         if self._founding is not None:
             self._founding.cancel()
             await asyncio.gather(self._founding, return_exceptions=True)
+        if self._leaderless is not None:
+            self._leaderless.cancel()
+        await self._follower.close()
         await self.host.close()
+
+    def neighbours_changed(self) -> None:
+        """Look again at what others say of their logs."""
+        known = frozenset(self._other_logs())
+        if (seat := self.seat) is not None:
+            for name in sorted(known - self._known_logs):
+                logger.warning("other_log_in_this_mesh", log=name, own=seat.log)
+            self._known_logs = known
+        self._tell()
 
     async def found(self) -> str:
         """Begin a new log with this node as its only voter; returns the log's name.
@@ -252,14 +168,46 @@ class Council:
     # --- what is known ---------------------------------------------------------------------
 
     @property
+    def held(self) -> Held | None:
+        """The newest of what this node has: as a member of the log, by following one, or from before."""
+        member, followed = self.member, self._follower.held
+        if member is None:
+            return followed or self._last
+        if followed is None or member.view.log != followed.view.log:
+            return member
+        heard = member.view.leader is not None and self.me in member.view.members.all
+        return member if heard else max(member, followed, key=_recency)
+
+    @property
+    def member(self) -> Held | None:
+        """What this node's own log says, while it runs; None where it has none."""
+        consensus = self.host.consensus
+        if consensus is None or not consensus.raft.hard.group:
+            return None
+        raft = consensus.raft
+        view = LogView(
+            log=raft.hard.group,
+            epoch=raft.hard.epoch,
+            term=raft.term,
+            leader=raft.leader,
+            members=raft.log.members,
+            commit=raft.log.commit,
+            applied=consensus.applied,
+            current_at=raft.current_at(self._loop.time()),
+        )
+        return Held(view=view, state=consensus.state)
+
+    @property
     def view(self) -> LogView | None:
         """The log as this node sees it best; None where it knows of none."""
-        return self._member_view()
+        held = self.held
+        return held.view if held is not None else None
 
     @property
     def state(self) -> State:
         """The newest configuration that this node has; empty before it knows of one."""
-        return self.host.consensus.state if self.host.consensus is not None else State()
+        held = self.held
+        return held.state if held is not None else _EMPTY
 
     @property
     def leading(self) -> bool:
@@ -274,7 +222,7 @@ class Council:
 
     async def wait_changed(self) -> None:
         """Return at the next news of any kind: state, leader, members, contact."""
-        await self._news.wait()
+        await self.news.wait()
 
     def status(self) -> CouncilStatus:
         """Everything about this node's part in the log, now."""
@@ -284,8 +232,8 @@ class Council:
         now = self._loop.time()
         learners = view.members.learners if view else ()
         return CouncilStatus(
-            seat=self._seat(),
-            role=raft.role if raft and view else None,
+            seat=self.seat,
+            role=raft.role if raft and self.me in (view.members.all if view else ()) else None,
             term=view.term if view else 0,
             leader=view.leader if view else None,
             voters=view.members.voters if view else (),
@@ -296,7 +244,7 @@ class Council:
             lag_entries=view.commit - view.applied if view else 0,
             stale_s=self._stale_s(view),
             stopped_why=self.host.stopped_why,
-            following=None,
+            following=self._follower.target,
             log_bytes=raft.log_bytes if raft else 0,
             matches=raft.matches if raft else (),
             caught_up=tuple(n for n in learners if leadership is not None and leadership.caught_up(n, now)),
@@ -335,7 +283,7 @@ class Council:
             )
         seen = from_revision
         while True:
-            news, state = self._news, self.state
+            news, state = self.news, self.state
             records = (
                 settings.changes_since(state, seen) if seen is not None and seen <= state.revision else None
             )
@@ -344,8 +292,7 @@ class Council:
             elif seen != state.revision:
                 yield Changed(revision=state.revision, records=records)
             seen = state.revision
-            if news is self._news:
-                await news.wait()
+            await news.wait()
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -503,8 +450,10 @@ class Council:
                     return await once(leader, view, deadline - self._loop.time())
             except RefusedHere as refused:
                 if refused.reason not in (None, Refusal.NOT_LEADER, Refusal.TRANSFERRING):
-                    raise refusal_error(refused.reason) from None
+                    self._pass_or_raise(refusal_error(refused.reason), deadline)
                 hint = refused.leader if refused.leader != leader else None
+            except ChangeRefused as refused:
+                self._pass_or_raise(refused, deadline)
             except NotLeader as error:
                 hint = NodeId(error.metadata.get("leader", "")) or None
             except NodeUnreachable:
@@ -522,26 +471,32 @@ class Council:
                 raise self._too_late(attempts, command)
             await asyncio.sleep(self.config.retry_pause_s)
 
+    def _pass_or_raise(self, refused: FieldmeshError, deadline: float) -> None:
+        """Raise a refusal, unless it is of those that pass by themselves and there is time left for that."""
+        passing = refused.metadata.get("reason") in _PASSING
+        if not passing or self._loop.time() + self.config.retry_pause_s >= deadline:
+            raise refused
+
     async def _leader_before(self, deadline: float, attempts: _Attempts, command: Command | None) -> None:
         """Wait for news of a leader, as long as an election may take."""
         until = min(deadline, self._led_at + self.config.leader_patience_s)
         try:
             async with asyncio.timeout_at(until):
-                await self._news.wait()
+                await self.news.wait()
         except TimeoutError:
             raise self._too_late(attempts, command) from None
 
     async def _news_before(self, deadline: float, why: str) -> None:
         try:
             async with asyncio.timeout_at(deadline):
-                await self._news.wait()
+                await self.news.wait()
         except TimeoutError:
             raise NoQuorum(f"Not in time: {why}", retry_after_s=1.0) from None
 
     def _too_late(self, attempts: _Attempts, command: Command | None) -> FieldmeshError:
-        if attempts.maybe_done:
-            if command is not None and command.kind is Kind.WRITE:
-                return _unknown(command)
+        if command is not None and command.kind is Kind.WRITE and attempts.maybe_done:
+            return _unknown(command)
+        if command is None and attempts.maybe_done:
             return OutcomeUnknown("It is not known whether this was done; look before asking again")
         view = self.view
         voters = f" of {len(view.members.voters)} voters" if view else ""
@@ -568,35 +523,50 @@ class Council:
 
     def _changed(self) -> None:
         """Something about the log is new: wake everybody who waits for that."""
-        leader = self.view.leader if self.view is not None else None
+        held = self.held
+        if held is not None:
+            self._last = replace(held, view=replace(held.view, leader=None))
+        now, member = self._loop.time(), self.member
+        leader = held.view.leader if held is not None else None
         if leader is not None or self._leader is not None:
-            self._led_at = self._loop.time()
+            self._led_at = now
         self._leader = leader
-        self._news.set()
-        self._news = asyncio.Event()
+        own_leader = member.view.leader if member is not None else None
+        if own_leader is not None or self._own_leader is not None:
+            self._own_led_at = now
+        self._own_leader = own_leader
+        if own_leader is None and self._leaderless is None:
+            self._leaderless = self._loop.call_later(self.config.follow_after_s, self._still_leaderless)
+        self._tell()
         state = self.state
         if state is not self._observed:
             self._observed = state
             for observer in self._observers:
                 observer(state)
 
-    def _member_view(self) -> LogView | None:
-        consensus = self.host.consensus
-        if consensus is None or not consensus.raft.hard.group:
-            return None
-        raft = consensus.raft
-        return LogView(
-            log=raft.hard.group,
-            epoch=raft.hard.epoch,
-            term=raft.term,
-            leader=raft.leader,
-            members=raft.log.members,
-            commit=raft.log.commit,
-            applied=consensus.applied,
-            current_at=raft.current_at(self._loop.time()),
-        )
+    def _tell(self) -> None:
+        self.news.set()
+        self.news = asyncio.Event()
 
-    def _seat(self) -> Seat | None:
+    def _still_leaderless(self) -> None:
+        """A member that hears no leader asks others whether it is one still."""
+        self._leaderless = None
+        if self._own_leader is None:
+            self._leaderless = self._loop.call_later(self.config.follow_after_s, self._still_leaderless)
+            self._tell()
+
+    def _follows(self) -> bool:
+        """Whether others must be asked: by who is no member, or by one that has had no leader for a while."""
+        member = self.member
+        if member is None or self.me not in member.view.members.all:
+            return True
+        if member.view.leader is not None:
+            return False
+        return self._loop.time() - self._own_led_at >= self.config.follow_after_s
+
+    @property
+    def seat(self) -> Seat | None:
+        """What this node is to the log that it belongs to or follows; None where it knows of none."""
         view = self.view
         if view is None:
             return None
@@ -661,38 +631,9 @@ def _unknown(command: Command) -> OutcomeUnknown:
     )
 
 
-_REFUSALS = {
-    Refusal.TERM_NOT_COMMITTED: "the leader has just taken office; ask again in a moment",
-    Refusal.CHANGE_PENDING: "another change of members is under way; ask again when it is done",
-    Refusal.ALREADY_MEMBER: "the node is a member already",
-    Refusal.NOT_MEMBER: "the node is no member, or none that this can be done with",
-    Refusal.NOT_LEARNER: "the node is no learner: add it first",
-    Refusal.NOT_CAUGHT_UP: "the learner has not caught up yet; ask again later",
-    Refusal.LAST_VOTER: "the last voter cannot be removed",
-    Refusal.NO_MAJORITY_AFTERWARDS: "no majority of the voters that would be left is there",
-    Refusal.TOO_MANY_MEMBERS: "there are as many voters or learners as there may be",
-}
+def _recency(held: Held) -> tuple[int, int, float]:
+    return held.view.epoch, held.view.applied, held.view.current_at
 
 
-def refusal_error(reason: Refusal) -> FieldmeshError:
-    """The machine's refusal as a coded error; nothing was done."""
-    if reason is Refusal.BUSY:
-        return QueueFull("The leader has as many uncommitted commands as it may have", retry_after_s=0.2)
-    if reason is Refusal.TOO_LARGE:
-        return InvalidRequest("The changes are larger than an entry of the log may be", field="changes")
-    if reason is Refusal.VERSION_UNKNOWN:
-        return UpgradeNeeded("Not all members of the log know this version of commands: upgrade them first")
-    return ChangeRefused(f"Refused: {_REFUSALS.get(reason, reason.value)}", metadata={"reason": reason.value})
-
-
-__all__ = [
-    "Changed",
-    "Colleagues",
-    "Council",
-    "CouncilConfig",
-    "CouncilStatus",
-    "LogView",
-    "Reading",
-    "Whole",
-    "refusal_error",
-]
+_EMPTY = State()
+_PASSING = (Refusal.TERM_NOT_COMMITTED.value, Refusal.CHANGE_PENDING.value)

@@ -1,7 +1,8 @@
 """Connections between nodes. Owns: channels to peers, the streams of control messages on them, their bounds.
 
-Each peer address has three connections, so that none waits behind another: control (one stream of small
-messages, all the time), tokens (forwarded requests; kept warm), bulk (made when first asked for). Control
+Each peer address has up to four connections, so that none waits behind another: control (one stream of small
+messages, all the time), tokens (forwarded requests; kept warm), and, made when first asked for, log (the
+replicated log and those who follow it) and bulk. Control
 messages are datagrams to those who send them: ``send`` never waits, and what a slow or dead peer does not
 take is dropped, oldest first, and counted. That a connection ended is told at once; silence is for the core
 to notice. Must not: know what messages mean, or who is a member.
@@ -60,6 +61,7 @@ class Lane(Enum):
 
     CONTROL = "control"
     TOKENS = "tokens"
+    LOG = "log"
     BULK = "bulk"
 
 
@@ -158,6 +160,10 @@ class Links:
         Raises Draining once the links are closed.
         """
         return self._link(address).channel(Lane.TOKENS)
+
+    def log(self, address: Address) -> grpc.aio.Channel:
+        """The channel for what concerns the replicated log to ``address``. Raises Draining."""
+        return self._link(address).channel(Lane.LOG)
 
     def bulk(self, address: Address) -> grpc.aio.Channel:
         """The channel for what is large to ``address``. Raises Draining."""

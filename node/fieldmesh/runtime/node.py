@@ -4,6 +4,7 @@ Owns: the order in which parts start and end, the two listeners, and carrying ne
 know each other (the engine's load to the mesh, the mesh's view to requests and health). Must not: decide.
 
     state folder ─ identity ─ mesh core ─ driver ─ peer listener ┐
+          council (the log) ─ its calls ─────────────────────────┤
     profile ─ engine process ─ local runs ─┐                     ├─ discovery
                         router ─ service ──┴─ client listener ───┘
 """
@@ -36,7 +37,9 @@ from fieldmesh.core.model import (
     Address,
     EngineState,
     MeshView,
+    NodeId,
     NodeState,
+    Seat,
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
@@ -49,6 +52,7 @@ from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.runtime import addresses, inference, log, scrapes
+from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.discovery import Multicast, Seeds, repeat_hints
 from fieldmesh.runtime.door import handlers, no_calls
 from fieldmesh.runtime.driver import Driver
@@ -61,6 +65,9 @@ from fieldmesh.runtime.links import LinksConfig, server_options
 from fieldmesh.runtime.local import Hosted, LocalRuns
 from fieldmesh.runtime.metrics import Metrics, Sources
 from fieldmesh.runtime.peers import Peers
+from fieldmesh.runtime.raft_links import RaftLinks
+from fieldmesh.runtime.raft_service import RaftService
+from fieldmesh.runtime.raft_store import RaftStore
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
 from fieldmesh.runtime.state import StateFolder
@@ -71,6 +78,7 @@ ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
 PREFILL_SHARE_TOKENS_MIN = 16
 FINGERPRINT_KEY = "fingerprint"
+LOG_FILE = "consensus.sqlite3"
 
 MakeEngine = Callable[[EngineSettings], EngineFront]
 """Protocol tests bring a fake engine; everything else has the real one."""
@@ -139,6 +147,8 @@ class Node:
             self._mesh(folder), local=self.key.id, storage=folder, links_config=links_config
         )
         self._service = self._make_service()
+        self._raft_links = RaftLinks(lambda: self._driver.view, self._driver.links.log)
+        self.council = self._make_council(folder)
         self._health = Health((self.profile.name,))
         client_server = self._client_server()
         peer_server = self._peer_server(links_config)
@@ -150,6 +160,9 @@ class Node:
         stack.push_async_callback(peer_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._driver.close)
         self._driver.start()
+        stack.push_async_callback(self._raft_links.close)
+        stack.push_async_callback(self.council.close)
+        await self.council.start(found=config.consensus.found)
         await client_server.start()
         stack.push_async_callback(client_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._service.close)
@@ -230,6 +243,15 @@ class Node:
             rng=self._rng,
         )
 
+    def _make_council(self, folder: StateFolder) -> Council:
+        return Council(
+            self.key.id,
+            open_store=lambda: RaftStore.open(folder.path / LOG_FILE, self.key.id),
+            shelf=folder,
+            colleagues=self._raft_links,
+            rng=self._rng,
+        )
+
     def _client_server(self) -> grpc.aio.Server:
         message_bytes_max = self.config.limits.message_bytes_max
         server = grpc.aio.server(
@@ -265,7 +287,13 @@ class Node:
     def _peer_server(self, links_config: LinksConfig) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=(self._driver.gate,), options=server_options(links_config))
         peers = Peers(self._service, self._limits, self._driver.links.bytes)
-        server.add_generic_rpc_handlers((self._driver.receiver.handler(), peers.handler(self._calls)))
+        server.add_generic_rpc_handlers(
+            (
+                self._driver.receiver.handler(),
+                peers.handler(self._calls),
+                *RaftService(self.council).handlers(),
+            )
+        )
         return server
 
     def _metrics(self) -> Metrics:
@@ -289,6 +317,7 @@ class Node:
                 group.create_task(self._run_engine(folder), name="engine"),
                 group.create_task(self._follow_load(), name="load"),
                 group.create_task(self._follow_view(), name="view"),
+                group.create_task(self._follow_log(), name="seat"),
                 group.create_task(self._discover(), name="discovery"),
             ]
             yield
@@ -351,10 +380,24 @@ class Node:
         self._driver.load_changed(replace(load, draining=self._draining))
 
     async def _follow_view(self) -> None:
-        view = self.view
+        view, seats = self.view, dict[NodeId, Seat]()
         while True:
             await self._health.update(view, draining=self._draining)
+            if (now := self._raft_links.seats()) != seats:
+                seats = dict(now)
+                self.council.neighbours_changed()
             view = await self._driver.wait_view_changed(view.revision)
+
+    async def _follow_log(self) -> None:
+        """Tell the mesh which log this node belongs to, and the council what others say of theirs."""
+        told: Seat | None = None
+        while True:
+            news = self.council.news
+            seat = self.council.seat
+            if seat is not None and seat != told:
+                told = seat
+                self._driver.handle(OfferChanged(seat=seat))
+            await news.wait()
 
     # --- addresses and discovery ---------------------------------------------------------------
 

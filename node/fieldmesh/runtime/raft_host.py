@@ -30,7 +30,7 @@ from fieldmesh.core.consensus import (
     StateChanged,
     Submit,
 )
-from fieldmesh.core.errors import FieldmeshError, UpgradeNeeded
+from fieldmesh.core.errors import ConsensusStopped, FieldmeshError, UpgradeNeeded
 from fieldmesh.core.events import Note, Received, Tick
 from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_model import (
@@ -93,19 +93,21 @@ class RaftHost:
 
     def __init__(
         self,
-        store: RaftStore,
+        me: NodeId,
+        open_store: Callable[[], RaftStore],
         *,
         config: RaftConfig,
         rng: Random,
         send: Callable[[NodeId, Message], None],
         on_change: Callable[[], None],
     ) -> None:
-        self.me = store.node
+        self.me = me
         self.config = config
         self.consensus: Consensus | None = None
         self.stopped_why = ""
         self.saves = 0
-        self._store = store
+        self._open_store = open_store
+        self._opened: RaftStore | None = None
         self._rng = rng
         self._send = send
         self._on_change = on_change
@@ -133,8 +135,14 @@ class RaftHost:
     # --- lives -----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin the first life. Raises StateFolderInvalid, UpgradeNeeded: the store must be looked at."""
-        self._begin(await self._in_thread(self._store.load))
+        """Begin the first life. Raises StateFolderInvalid, StateFolderInUse, StateUnwritable, UpgradeNeeded:
+        the store must be looked at, and this host stays stopped."""
+        try:
+            self._opened = await self._in_thread(self._open_store)
+            self._begin(await self._in_thread(self._store.load))
+        except FieldmeshError as error:
+            self.stopped_why = error.message
+            raise
 
     async def found(self, stored: Stored) -> None:
         """Put a founder's log into the empty store and live on with it. Raises StateFolderInvalid,
@@ -164,8 +172,15 @@ class RaftHost:
             self._reboot.cancel()
             await asyncio.gather(self._reboot, return_exceptions=True)
         await self._written()
+        if self._opened is not None:
+            await self._in_thread(self._opened.close)
         self._thread.shutdown()
-        self._store.close()
+
+    @property
+    def _store(self) -> RaftStore:
+        if self._opened is None:
+            raise ConsensusStopped(f"This node's log could not be opened: {self.stopped_why}")
+        return self._opened
 
     def _begin(self, stored: Stored) -> None:
         if self._closed:

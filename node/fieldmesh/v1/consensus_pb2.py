@@ -24,41 +24,63 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66ieldmesh/v1/consensus.proto\x12\x0c\x66ieldmesh.v1\"\xeb\x03\n\x0e\x44\x65liverRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12)\n\x08pre_vote\x18\x04 \x01(\x0b\x32\x15.fieldmesh.v1.PreVoteH\x00\x12\x34\n\x0epre_vote_reply\x18\x05 \x01(\x0b\x32\x1a.fieldmesh.v1.PreVoteReplyH\x00\x12\"\n\x04vote\x18\x06 \x01(\x0b\x32\x12.fieldmesh.v1.VoteH\x00\x12-\n\nvote_reply\x18\x07 \x01(\x0b\x32\x17.fieldmesh.v1.VoteReplyH\x00\x12&\n\x06\x61ppend\x18\x08 \x01(\x0b\x32\x14.fieldmesh.v1.AppendH\x00\x12\x31\n\x0c\x61ppend_reply\x18\t \x01(\x0b\x32\x19.fieldmesh.v1.AppendReplyH\x00\x12,\n\x05\x63hunk\x18\n \x01(\x0b\x32\x1b.fieldmesh.v1.SnapshotChunkH\x00\x12\x37\n\x0b\x63hunk_reply\x18\x0b \x01(\x0b\x32 .fieldmesh.v1.SnapshotChunkReplyH\x00\x12/\n\x0btimeout_now\x18\x0c \x01(\x0b\x32\x18.fieldmesh.v1.TimeoutNowH\x00\x42\x06\n\x04\x62ody\"\x11\n\x0f\x44\x65liverResponse\"J\n\x05\x45ntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.fieldmesh.v1.EntryKind\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\".\n\nLogMembers\x12\x0e\n\x06voters\x18\x01 \x03(\t\x12\x10\n\x08learners\x18\x02 \x03(\t\"0\n\x07PreVote\x12\x12\n\nlast_index\x18\x01 \x01(\x04\x12\x11\n\tlast_term\x18\x02 \x01(\x04\"\x1f\n\x0cPreVoteReply\x12\x0f\n\x07granted\x18\x01 \x01(\x08\"?\n\x04Vote\x12\x12\n\nlast_index\x18\x01 \x01(\x04\x12\x11\n\tlast_term\x18\x02 \x01(\x04\x12\x10\n\x08transfer\x18\x03 \x01(\x08\"\x1c\n\tVoteReply\x12\x0f\n\x07granted\x18\x01 \x01(\x08\"t\n\x06\x41ppend\x12\x12\n\nprev_index\x18\x01 \x01(\x04\x12\x11\n\tprev_term\x18\x02 \x01(\x04\x12$\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x13.fieldmesh.v1.Entry\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x04\x12\r\n\x05round\x18\x05 \x01(\x04\"o\n\x0b\x41ppendReply\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x12\n\nprev_index\x18\x03 \x01(\x04\x12\x11\n\thint_term\x18\x04 \x01(\x04\x12\r\n\x05round\x18\x05 \x01(\x04\x12\x0f\n\x07version\x18\x06 \x01(\r\"\x9f\x01\n\rSnapshotChunk\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x12\n\nindex_term\x18\x02 \x01(\x04\x12)\n\x07members\x18\x03 \x01(\x0b\x32\x18.fieldmesh.v1.LogMembers\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\r\n\x05round\x18\x07 \x01(\x04\"S\n\x12SnapshotChunkReply\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\r\"\x0c\n\nTimeoutNow*l\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NTRY_KIND_NOOP\x10\x01\x12\x16\n\x12\x45NTRY_KIND_COMMAND\x10\x02\x12\x16\n\x12\x45NTRY_KIND_MEMBERS\x10\x03\x32\\\n\x10\x43onsensusService\x12H\n\x07\x44\x65liver\x12\x1c.fieldmesh.v1.DeliverRequest\x1a\x1d.fieldmesh.v1.DeliverResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66ieldmesh/v1/consensus.proto\x12\x0c\x66ieldmesh.v1\"=\n\rSubmitRequest\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08\x63ommands\x18\x03 \x03(\x0c\"=\n\x0eSubmitResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.fieldmesh.v1.SubmitResult\"a\n\x0cSubmitResult\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x0f\n\x07session\x18\x04 \x01(\x04\x12\x0f\n\x07refusal\x18\x05 \x01(\t\".\n\x10ReadIndexRequest\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\"\n\x11ReadIndexResponse\x12\r\n\x05index\x18\x01 \x01(\x04\"\x84\x01\n\x14\x43hangeMembersRequest\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x03\x61\x64\x64\x18\x03 \x01(\tH\x00\x12\x11\n\x07promote\x18\x04 \x01(\tH\x00\x12\x10\n\x06remove\x18\x05 \x01(\tH\x00\x12\x12\n\x08transfer\x18\x06 \x01(\tH\x00\x42\x08\n\x06\x63hange\"\x17\n\x15\x43hangeMembersResponse\"L\n\x0cWatchRequest\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x10\n\x08revision\x18\x03 \x01(\x04\x12\x0e\n\x06resume\x18\x04 \x01(\x08\"\x8f\x01\n\rWatchResponse\x12#\n\x04view\x18\x01 \x01(\x0b\x32\x15.fieldmesh.v1.LogView\x12+\n\x07\x63ontent\x18\x02 \x01(\x0e\x32\x1a.fieldmesh.v1.WatchContent\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04more\x18\x04 \x01(\x08\x12\x10\n\x08revision\x18\x05 \x01(\x04\"\xa0\x01\n\x07LogView\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x0e\n\x06leader\x18\x04 \x01(\t\x12)\n\x07members\x18\x05 \x01(\x0b\x32\x18.fieldmesh.v1.LogMembers\x12\x0e\n\x06\x63ommit\x18\x06 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x07 \x01(\x04\x12\x0f\n\x07stale_s\x18\x08 \x01(\x01\"\xeb\x03\n\x0e\x44\x65liverRequest\x12\r\n\x05group\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12)\n\x08pre_vote\x18\x04 \x01(\x0b\x32\x15.fieldmesh.v1.PreVoteH\x00\x12\x34\n\x0epre_vote_reply\x18\x05 \x01(\x0b\x32\x1a.fieldmesh.v1.PreVoteReplyH\x00\x12\"\n\x04vote\x18\x06 \x01(\x0b\x32\x12.fieldmesh.v1.VoteH\x00\x12-\n\nvote_reply\x18\x07 \x01(\x0b\x32\x17.fieldmesh.v1.VoteReplyH\x00\x12&\n\x06\x61ppend\x18\x08 \x01(\x0b\x32\x14.fieldmesh.v1.AppendH\x00\x12\x31\n\x0c\x61ppend_reply\x18\t \x01(\x0b\x32\x19.fieldmesh.v1.AppendReplyH\x00\x12,\n\x05\x63hunk\x18\n \x01(\x0b\x32\x1b.fieldmesh.v1.SnapshotChunkH\x00\x12\x37\n\x0b\x63hunk_reply\x18\x0b \x01(\x0b\x32 .fieldmesh.v1.SnapshotChunkReplyH\x00\x12/\n\x0btimeout_now\x18\x0c \x01(\x0b\x32\x18.fieldmesh.v1.TimeoutNowH\x00\x42\x06\n\x04\x62ody\"\x11\n\x0f\x44\x65liverResponse\"J\n\x05\x45ntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.fieldmesh.v1.EntryKind\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\".\n\nLogMembers\x12\x0e\n\x06voters\x18\x01 \x03(\t\x12\x10\n\x08learners\x18\x02 \x03(\t\"0\n\x07PreVote\x12\x12\n\nlast_index\x18\x01 \x01(\x04\x12\x11\n\tlast_term\x18\x02 \x01(\x04\"\x1f\n\x0cPreVoteReply\x12\x0f\n\x07granted\x18\x01 \x01(\x08\"?\n\x04Vote\x12\x12\n\nlast_index\x18\x01 \x01(\x04\x12\x11\n\tlast_term\x18\x02 \x01(\x04\x12\x10\n\x08transfer\x18\x03 \x01(\x08\"\x1c\n\tVoteReply\x12\x0f\n\x07granted\x18\x01 \x01(\x08\"t\n\x06\x41ppend\x12\x12\n\nprev_index\x18\x01 \x01(\x04\x12\x11\n\tprev_term\x18\x02 \x01(\x04\x12$\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x13.fieldmesh.v1.Entry\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x04\x12\r\n\x05round\x18\x05 \x01(\x04\"o\n\x0b\x41ppendReply\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x12\n\nprev_index\x18\x03 \x01(\x04\x12\x11\n\thint_term\x18\x04 \x01(\x04\x12\r\n\x05round\x18\x05 \x01(\x04\x12\x0f\n\x07version\x18\x06 \x01(\r\"\x9f\x01\n\rSnapshotChunk\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x12\n\nindex_term\x18\x02 \x01(\x04\x12)\n\x07members\x18\x03 \x01(\x0b\x32\x18.fieldmesh.v1.LogMembers\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\r\n\x05round\x18\x07 \x01(\x04\"S\n\x12SnapshotChunkReply\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\r\"\x0c\n\nTimeoutNow*d\n\x0cWatchContent\x12\x1d\n\x19WATCH_CONTENT_UNSPECIFIED\x10\x00\x12\x1a\n\x16WATCH_CONTENT_SNAPSHOT\x10\x01\x12\x19\n\x15WATCH_CONTENT_RECORDS\x10\x02*l\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NTRY_KIND_NOOP\x10\x01\x12\x16\n\x12\x45NTRY_KIND_COMMAND\x10\x02\x12\x16\n\x12\x45NTRY_KIND_MEMBERS\x10\x03\x32\x8d\x03\n\x10\x43onsensusService\x12H\n\x07\x44\x65liver\x12\x1c.fieldmesh.v1.DeliverRequest\x1a\x1d.fieldmesh.v1.DeliverResponse(\x01\x12\x43\n\x06Submit\x12\x1b.fieldmesh.v1.SubmitRequest\x1a\x1c.fieldmesh.v1.SubmitResponse\x12L\n\tReadIndex\x12\x1e.fieldmesh.v1.ReadIndexRequest\x1a\x1f.fieldmesh.v1.ReadIndexResponse\x12X\n\rChangeMembers\x12\".fieldmesh.v1.ChangeMembersRequest\x1a#.fieldmesh.v1.ChangeMembersResponse\x12\x42\n\x05Watch\x12\x1a.fieldmesh.v1.WatchRequest\x1a\x1b.fieldmesh.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fieldmesh.v1.consensus_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENTRYKIND']._serialized_start=1353
-  _globals['_ENTRYKIND']._serialized_end=1461
-  _globals['_DELIVERREQUEST']._serialized_start=47
-  _globals['_DELIVERREQUEST']._serialized_end=538
-  _globals['_DELIVERRESPONSE']._serialized_start=540
-  _globals['_DELIVERRESPONSE']._serialized_end=557
-  _globals['_ENTRY']._serialized_start=559
-  _globals['_ENTRY']._serialized_end=633
-  _globals['_LOGMEMBERS']._serialized_start=635
-  _globals['_LOGMEMBERS']._serialized_end=681
-  _globals['_PREVOTE']._serialized_start=683
-  _globals['_PREVOTE']._serialized_end=731
-  _globals['_PREVOTEREPLY']._serialized_start=733
-  _globals['_PREVOTEREPLY']._serialized_end=764
-  _globals['_VOTE']._serialized_start=766
-  _globals['_VOTE']._serialized_end=829
-  _globals['_VOTEREPLY']._serialized_start=831
-  _globals['_VOTEREPLY']._serialized_end=859
-  _globals['_APPEND']._serialized_start=861
-  _globals['_APPEND']._serialized_end=977
-  _globals['_APPENDREPLY']._serialized_start=979
-  _globals['_APPENDREPLY']._serialized_end=1090
-  _globals['_SNAPSHOTCHUNK']._serialized_start=1093
-  _globals['_SNAPSHOTCHUNK']._serialized_end=1252
-  _globals['_SNAPSHOTCHUNKREPLY']._serialized_start=1254
-  _globals['_SNAPSHOTCHUNKREPLY']._serialized_end=1337
-  _globals['_TIMEOUTNOW']._serialized_start=1339
-  _globals['_TIMEOUTNOW']._serialized_end=1351
-  _globals['_CONSENSUSSERVICE']._serialized_start=1463
-  _globals['_CONSENSUSSERVICE']._serialized_end=1555
+  _globals['_WATCHCONTENT']._serialized_start=2209
+  _globals['_WATCHCONTENT']._serialized_end=2309
+  _globals['_ENTRYKIND']._serialized_start=2311
+  _globals['_ENTRYKIND']._serialized_end=2419
+  _globals['_SUBMITREQUEST']._serialized_start=46
+  _globals['_SUBMITREQUEST']._serialized_end=107
+  _globals['_SUBMITRESPONSE']._serialized_start=109
+  _globals['_SUBMITRESPONSE']._serialized_end=170
+  _globals['_SUBMITRESULT']._serialized_start=172
+  _globals['_SUBMITRESULT']._serialized_end=269
+  _globals['_READINDEXREQUEST']._serialized_start=271
+  _globals['_READINDEXREQUEST']._serialized_end=317
+  _globals['_READINDEXRESPONSE']._serialized_start=319
+  _globals['_READINDEXRESPONSE']._serialized_end=353
+  _globals['_CHANGEMEMBERSREQUEST']._serialized_start=356
+  _globals['_CHANGEMEMBERSREQUEST']._serialized_end=488
+  _globals['_CHANGEMEMBERSRESPONSE']._serialized_start=490
+  _globals['_CHANGEMEMBERSRESPONSE']._serialized_end=513
+  _globals['_WATCHREQUEST']._serialized_start=515
+  _globals['_WATCHREQUEST']._serialized_end=591
+  _globals['_WATCHRESPONSE']._serialized_start=594
+  _globals['_WATCHRESPONSE']._serialized_end=737
+  _globals['_LOGVIEW']._serialized_start=740
+  _globals['_LOGVIEW']._serialized_end=900
+  _globals['_DELIVERREQUEST']._serialized_start=903
+  _globals['_DELIVERREQUEST']._serialized_end=1394
+  _globals['_DELIVERRESPONSE']._serialized_start=1396
+  _globals['_DELIVERRESPONSE']._serialized_end=1413
+  _globals['_ENTRY']._serialized_start=1415
+  _globals['_ENTRY']._serialized_end=1489
+  _globals['_LOGMEMBERS']._serialized_start=1491
+  _globals['_LOGMEMBERS']._serialized_end=1537
+  _globals['_PREVOTE']._serialized_start=1539
+  _globals['_PREVOTE']._serialized_end=1587
+  _globals['_PREVOTEREPLY']._serialized_start=1589
+  _globals['_PREVOTEREPLY']._serialized_end=1620
+  _globals['_VOTE']._serialized_start=1622
+  _globals['_VOTE']._serialized_end=1685
+  _globals['_VOTEREPLY']._serialized_start=1687
+  _globals['_VOTEREPLY']._serialized_end=1715
+  _globals['_APPEND']._serialized_start=1717
+  _globals['_APPEND']._serialized_end=1833
+  _globals['_APPENDREPLY']._serialized_start=1835
+  _globals['_APPENDREPLY']._serialized_end=1946
+  _globals['_SNAPSHOTCHUNK']._serialized_start=1949
+  _globals['_SNAPSHOTCHUNK']._serialized_end=2108
+  _globals['_SNAPSHOTCHUNKREPLY']._serialized_start=2110
+  _globals['_SNAPSHOTCHUNKREPLY']._serialized_end=2193
+  _globals['_TIMEOUTNOW']._serialized_start=2195
+  _globals['_TIMEOUTNOW']._serialized_end=2207
+  _globals['_CONSENSUSSERVICE']._serialized_start=2422
+  _globals['_CONSENSUSSERVICE']._serialized_end=2819
 # @@protoc_insertion_point(module_scope)

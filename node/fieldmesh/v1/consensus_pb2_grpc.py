@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ConsensusServiceStub:
-    """ConsensusService is spoken between the voters and learners of one log.
+    """ConsensusService is spoken between the members of one log, and by those who follow it or ask its leader.
     """
 
     def __init__(self, channel):
@@ -40,15 +40,63 @@ class ConsensusServiceStub:
                 request_serializer=fieldmesh_dot_v1_dot_consensus__pb2.DeliverRequest.SerializeToString,
                 response_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.DeliverResponse.FromString,
                 _registered_method=True)
+        self.Submit = channel.unary_unary(
+                '/fieldmesh.v1.ConsensusService/Submit',
+                request_serializer=fieldmesh_dot_v1_dot_consensus__pb2.SubmitRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.SubmitResponse.FromString,
+                _registered_method=True)
+        self.ReadIndex = channel.unary_unary(
+                '/fieldmesh.v1.ConsensusService/ReadIndex',
+                request_serializer=fieldmesh_dot_v1_dot_consensus__pb2.ReadIndexRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.ReadIndexResponse.FromString,
+                _registered_method=True)
+        self.ChangeMembers = channel.unary_unary(
+                '/fieldmesh.v1.ConsensusService/ChangeMembers',
+                request_serializer=fieldmesh_dot_v1_dot_consensus__pb2.ChangeMembersRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.ChangeMembersResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/fieldmesh.v1.ConsensusService/Watch',
+                request_serializer=fieldmesh_dot_v1_dot_consensus__pb2.WatchRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class ConsensusServiceServicer:
-    """ConsensusService is spoken between the voters and learners of one log.
+    """ConsensusService is spoken between the members of one log, and by those who follow it or ask its leader.
     """
 
     def Deliver(self, request_iterator, context):
         """Deliver carries one member's messages to another, in order, for as long as the stream lives. Messages may
         be lost with the stream; nothing is answered on it (answers travel on the other member's stream).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Submit(self, request, context):
+        """Submit has the leader do commands; refused as a whole by a node that does not lead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadIndex(self, request, context):
+        """ReadIndex asks the leader up to where the log must be applied for a read to be current.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangeMembers(self, request, context):
+        """ChangeMembers has the leader change the members by one, or hand over its office.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Watch follows the configuration at a member: everything, then every change, and a beat while nothing changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +110,26 @@ def add_ConsensusServiceServicer_to_server(servicer, server):
                     request_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.DeliverRequest.FromString,
                     response_serializer=fieldmesh_dot_v1_dot_consensus__pb2.DeliverResponse.SerializeToString,
             ),
+            'Submit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Submit,
+                    request_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.SubmitRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_consensus__pb2.SubmitResponse.SerializeToString,
+            ),
+            'ReadIndex': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadIndex,
+                    request_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.ReadIndexRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_consensus__pb2.ReadIndexResponse.SerializeToString,
+            ),
+            'ChangeMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeMembers,
+                    request_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.ChangeMembersRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_consensus__pb2.ChangeMembersResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=fieldmesh_dot_v1_dot_consensus__pb2.WatchRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_consensus__pb2.WatchResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fieldmesh.v1.ConsensusService', rpc_method_handlers)
@@ -71,7 +139,7 @@ def add_ConsensusServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ConsensusService:
-    """ConsensusService is spoken between the voters and learners of one log.
+    """ConsensusService is spoken between the members of one log, and by those who follow it or ask its leader.
     """
 
     @staticmethod
@@ -91,6 +159,114 @@ class ConsensusService:
             '/fieldmesh.v1.ConsensusService/Deliver',
             fieldmesh_dot_v1_dot_consensus__pb2.DeliverRequest.SerializeToString,
             fieldmesh_dot_v1_dot_consensus__pb2.DeliverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Submit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fieldmesh.v1.ConsensusService/Submit',
+            fieldmesh_dot_v1_dot_consensus__pb2.SubmitRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_consensus__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fieldmesh.v1.ConsensusService/ReadIndex',
+            fieldmesh_dot_v1_dot_consensus__pb2.ReadIndexRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_consensus__pb2.ReadIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fieldmesh.v1.ConsensusService/ChangeMembers',
+            fieldmesh_dot_v1_dot_consensus__pb2.ChangeMembersRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_consensus__pb2.ChangeMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fieldmesh.v1.ConsensusService/Watch',
+            fieldmesh_dot_v1_dot_consensus__pb2.WatchRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_consensus__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

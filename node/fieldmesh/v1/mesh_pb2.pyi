@@ -187,6 +187,7 @@ class Row(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     PROTOCOL_MIN_FIELD_NUMBER: _builtins.int
     PROTOCOL_MAX_FIELD_NUMBER: _builtins.int
+    SEAT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id of the node; the envelope's author."""
     name: _builtins.str
@@ -215,6 +216,10 @@ class Row(_message.Message):
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Profile]:
         """What it offers; at most 32."""
 
+    @_builtins.property
+    def seat(self) -> Global___Seat:
+        """Which replicated log it belongs to or follows; unset where it knows of none."""
+
     def __init__(
         self,
         *,
@@ -229,14 +234,45 @@ class Row(_message.Message):
         version: _builtins.str = ...,
         protocol_min: _builtins.int = ...,
         protocol_max: _builtins.int = ...,
+        seat: Global___Seat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["seat", b"seat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_addresses", b"client_addresses", "id", b"id", "incarnation", b"incarnation", "mesh", b"mesh", "name", b"name", "profiles", b"profiles", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_addresses", b"client_addresses", "id", b"id", "incarnation", b"incarnation", "mesh", b"mesh", "name", b"name", "profiles", b"profiles", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "seat", b"seat", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Row: _TypeAlias = Row  # noqa: Y015
+
+@_typing.final
+class Seat(_message.Message):
+    """Seat is what a node is to a replicated log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    log: _builtins.str
+    """Name of the log."""
+    epoch: _builtins.int
+    """Its epoch."""
+    kind: _builtins.str
+    """voter, learner or observer."""
+    def __init__(
+        self,
+        *,
+        log: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        kind: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "kind", b"kind", "log", b"log"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Seat: _TypeAlias = Seat  # noqa: Y015
 
 @_typing.final
 class Profile(_message.Message):
