@@ -160,6 +160,11 @@ class EngineSlice:
     slow_reader_tokens_max: Annotated[
         int, Between(1, 100_000, "tokens"), "Tokens kept for a slow reader before its generation pauses"
     ] = 256
+    memory_mib_max: Annotated[
+        int,
+        Between(0, 16_777_216, "MiB"),
+        "Memory that models may take; 0: what is free when the node starts",
+    ] = 0
     restarts_max: Annotated[
         int, Between(0, 1000), "Restarts of a lost engine in ten minutes before it is given up"
     ] = 30

@@ -99,6 +99,7 @@ class _ProfileTable(_Table, frozen=True):
     tier: Annotated[int, _whole(1, 9)] = 1
     context_tokens: Annotated[int, _whole(128, 1_048_576, "tokens")] = 2048
     slots: Annotated[int, _whole(1, 256)] = 4
+    kv_type: Annotated[str, Meta(pattern="^(f16|q8_0)\\Z", description='"f16" or "q8_0"')] = "f16"
     sampling: _SamplingTable = _SamplingTable()
     adapters: Annotated[tuple[_AdapterTable, ...], _list(8, "tables with a path and a scale")] = ()
     domains: Annotated[
@@ -123,8 +124,8 @@ class Profile:
 
     ``model`` is a path (relative ones are relative to the profile's file) or ``builtin``.
     ``context_tokens`` is what prompt and answer may have together; ``slots`` how many generations run at
-    once; among nodes that would be done at about the same time, the higher ``tier`` answers. ``folder`` is
-    where the profile was read from.
+    once; ``kv_type`` how their KV cache is kept (q8_0 halves its keys). Among nodes that would be done at
+    about the same time, the higher ``tier`` answers. ``folder`` is where the profile was read from.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Profile:
     tier: int = 1
     context_tokens: int = 2048
     slots: int = 4
+    kv_type: str = "f16"
     sampling: Sampling = field(default_factory=Sampling)
     adapters: tuple[Adapter, ...] = ()
     domains: tuple[Domain, ...] = ()
@@ -290,6 +292,7 @@ def _checked(table: _ProfileTable, source: str, folder: Path | None) -> Profile:
         tier=table.tier,
         context_tokens=table.context_tokens,
         slots=table.slots,
+        kv_type=table.kv_type,
         sampling=sampling,
         adapters=tuple(Adapter(path=a.path, scale=a.scale) for a in table.adapters),
         domains=tuple(
@@ -305,7 +308,7 @@ def _checked(table: _ProfileTable, source: str, folder: Path | None) -> Profile:
 def dump(profile: Profile) -> str:
     """The profile as the text of its file; ``parse`` gives the same profile back."""
     lines = [f"name = {_quoted(profile.name)}"]
-    texts = ("description", "model", "chat_template", "system_prompt")
+    texts = ("description", "model", "chat_template", "system_prompt", "kv_type")
     lines += [f"{key} = {_quoted(getattr(profile, key))}" for key in texts if getattr(profile, key)]
     lines += [f"{key} = {getattr(profile, key)}" for key in ("tier", "context_tokens", "slots")]
     lines += ["", "[sampling]"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,26 @@ def test_a_sound_file_says_what_it_holds(tiny_model: Path) -> None:
     header = read_header(str(tiny_model))
     assert (header.architecture, header.name, header.version, header.tensors) == ("llama", "tiny", 3, 21)
     assert header.keys["llama.context_length"] == 8192
+
+
+def test_the_sizes_of_a_model_are_told(tiny_model: Path) -> None:
+    header = read_header(str(tiny_model))
+    assert (header.number("block_count"), header.number("nothing"), header.vocabulary) == (2, 0, 297)
+    assert header.numbers("attention.head_count_kv", 2) == [4, 4]
+    assert 0 < header.weights_bytes < header.file_bytes
+
+
+def test_a_number_for_each_layer_is_kept(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_head_count_kv([4, 0, 2])
+    writer.add_tensor("t", np.zeros(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = read_header(str(tmp_path / "m.gguf"))
+    assert header.numbers("attention.head_count_kv", 3) == [4, 0, 2]
+    assert header.number("attention.head_count_kv") == 4
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from fieldmesh.core.errors import (
     InvalidRequest,
     ModelFileInvalid,
     ModelNotFound,
+    ModelTooLarge,
     ProfileInvalid,
     ProfileNotFound,
     PromptTooLong,
@@ -581,6 +582,12 @@ async def test_a_bad_model_file_is_told_before_anything_starts(site: Site, conte
         site.model.write_bytes(content)
     with pytest.raises(ModelFileInvalid):
         await site.start("node")
+
+
+async def test_a_model_that_does_not_fit_is_told_before_anything_starts(site: Site) -> None:
+    with pytest.raises(ModelTooLarge) as caught:
+        await site.start("node", engine=EngineSlice(memory_mib_max=10))
+    assert caught.value.metadata["budget_mib"] == "10"
 
 
 async def test_a_broken_profile_is_told_with_its_key(site: Site) -> None:

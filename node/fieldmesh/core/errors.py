@@ -338,6 +338,13 @@ class ModelFileInvalid(FieldmeshError):
     status = Status.FAILED_PRECONDITION
 
 
+class ModelTooLarge(FieldmeshError):
+    """A model would take more memory than it may have; the message says what would fit."""
+
+    code = "MODEL_TOO_LARGE"
+    status = Status.FAILED_PRECONDITION
+
+
 class StateFolderInUse(FieldmeshError):
     """Another process holds the lock of this node's state folder."""
 

@@ -115,6 +115,7 @@ def _info(
         chat_template=loop.has_chat_template,
         settings={
             "flash_attention": str(settings.flash_attention).lower(),
+            "kv_type": settings.kv_type,
             "prefill_tokens": str(settings.prefill_tokens),
             "mixed_tokens": str(settings.mixed_tokens),
             "reuse_prefixes": str(loop.batcher.config.reuse_prefixes).lower(),

@@ -1,4 +1,6 @@
-"""How many cores this process may use. Owns: reading affinity and the cgroup's cpu limit (v1 and v2)."""
+"""How many cores this process may use. Owns: reading affinity and the cgroup's cpu limit (v1 and v2), and
+where the kernel keeps a process's limits.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,26 @@ def cpu_budget(root: Path = Path("/")) -> int:
 def _cgroup_limits(root: Path) -> list[float]:
     """Cores allowed by each cgroup on the way up from this process's own."""
     limits: list[float] = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for folder in own_groups(root, "cpu"):
+        # v2 has one file, which holds "quota period" or "max period"; v1 has two.
+        limits += _ratio(*[*read_text(folder / "cpu.max").split(), "", ""][:2])
+        limits += _ratio(
+            read_text(folder / "cpu.cfs_quota_us").strip(), read_text(folder / "cpu.cfs_period_us").strip()
+        )
+    return limits
+
+
+def own_groups(root: Path, controller: str) -> list[Path]:
+    """The folders of every cgroup above this process, v2 and v1, in which a controller may set limits."""
+    found: list[Path] = []
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
-        if not controllers:  # v2: one hierarchy, cpu.max holds "quota period" or "max period"
-            for folder in _upwards(root / "sys/fs/cgroup", group):
-                limits += _ratio(*[*_read(folder / "cpu.max").split(), "", ""][:2])
-        elif "cpu" in controllers.split(","):
-            for folder in _upwards(root / "sys/fs/cgroup/cpu", group):
-                limits += _ratio(
-                    _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
-                )
-    return limits
+        if not controllers:  # v2: one hierarchy
+            found += _upwards(root / "sys/fs/cgroup", group)
+        elif controller in controllers.split(","):
+            found += _upwards(root / "sys/fs/cgroup" / controller, group)
+    return found
 
 
 def _upwards(mount: Path, group: str) -> list[Path]:
@@ -45,7 +55,8 @@ def _ratio(quota: str, period: str) -> list[float]:
     return [int(quota) / int(period)]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text; empty where it cannot be read."""
     try:
         return path.read_text()
     except OSError:

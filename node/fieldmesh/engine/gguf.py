@@ -10,7 +10,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from fieldmesh.core.errors import ModelFileInvalid
 
@@ -19,6 +19,8 @@ TENSORS_MAX = 100_000
 STRING_BYTES_MAX = 8 << 20
 ARRAY_ITEMS_MAX = 8 << 20
 HEADER_BYTES_MAX = 512 << 20
+LAYERS_MAX = 1024
+"""Arrays of numbers up to this length are kept: a value for each layer."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -32,14 +34,19 @@ _BLOCKS = {
 }  # fmt: skip
 
 
+Value: TypeAlias = str | int | float | bool | tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
-    """What a sound file says of itself. ``keys`` holds scalars and strings; arrays only by their length."""
+    """What a sound file says of itself. ``keys`` holds scalars, strings and short arrays of numbers; other
+    arrays only by their length. ``weights_bytes`` is the size of all tensors."""
 
     version: int
     tensors: int
     file_bytes: int
-    keys: dict[str, str | int | float | bool]
+    weights_bytes: int
+    keys: dict[str, Value]
 
     @property
     def architecture(self) -> str:
@@ -48,6 +55,23 @@ class GgufHeader:
     @property
     def name(self) -> str:
         return str(self.keys.get("general.name", ""))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        count = self.keys.get("tokenizer.ggml.tokens", 0)
+        return count if isinstance(count, int) else 0
+
+    def number(self, name: str, default: int = 0) -> int:
+        """A whole number of the architecture; the largest where there is one for each layer."""
+        return max(self.numbers(name, 1), default=default)
+
+    def numbers(self, name: str, layers: int) -> list[int]:
+        """A number of the architecture for each layer; empty where the file does not say."""
+        value = self.keys.get(f"{self.architecture}.{name}")
+        if isinstance(value, tuple):
+            return [int(number) for number in value]
+        return [value] * min(layers, LAYERS_MAX) if isinstance(value, int) else []
 
 
 class _Truncated(Exception):
@@ -84,7 +108,7 @@ class _Reader:
             raise ValueError(f"a string of {length} bytes (at most {STRING_BYTES_MAX})")
         return self.take(length).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> str | int | float | bool:
+    def value(self, kind: int) -> Value:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
@@ -95,13 +119,16 @@ class _Reader:
         value: int | float | bool = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
         return value
 
-    def _array(self) -> int:
+    def _array(self) -> int | tuple[float, ...]:
         kind, count = self.number("I"), self.number("Q")
         if count > ARRAY_ITEMS_MAX:
             raise ValueError(f"an array of {count} items (at most {ARRAY_ITEMS_MAX})")
         if kind == _STRING:
             for _ in range(count):
                 self.skip(self.number("Q"))
+        elif kind in _SCALARS and 1 <= count <= LAYERS_MAX:
+            code = f"<{count}{_SCALARS[kind]}"
+            return struct.unpack(code, self.take(struct.calcsize(code)))
         elif kind in _SCALARS:
             self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
         else:
@@ -138,13 +165,13 @@ def _read(reader: _Reader, path: str, size: int) -> GgufHeader:
         raise ValueError(f"{tensors} tensors and {count} keys")
     if not tensors:
         raise _invalid(path, "holds no model (no tensors); give a model in GGUF format")
-    keys: dict[str, str | int | float | bool] = {}
+    keys: dict[str, Value] = {}
     for _ in range(count):
         key = reader.string()
         keys[key] = reader.value(reader.number("I"))
     ends = [_tensor_end(reader) for _ in range(tensors)]
-    alignment = int(keys.get("general.alignment", 32))
-    if not 1 <= alignment <= 1 << 20:
+    alignment = keys.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
         raise ValueError(f"an alignment of {alignment}")
     data_start = -(-reader.at // alignment) * alignment
     needed = data_start + max(ends, default=0)
@@ -155,7 +182,9 @@ def _read(reader: _Reader, path: str, size: int) -> GgufHeader:
         )
     if "general.architecture" not in keys:
         raise _invalid(path, "holds no model (it names no architecture); give a model in GGUF format")
-    return GgufHeader(version=version, tensors=tensors, file_bytes=size, keys=keys)
+    return GgufHeader(
+        version=version, tensors=tensors, file_bytes=size, weights_bytes=max(ends, default=0), keys=keys
+    )
 
 
 def _tensor_end(reader: _Reader) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Sampling
-from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, Place, Slice
+from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.grammars import Vocabulary
 from fieldmesh.engine.loop import Drawn, Walk
 from fieldmesh.engine.settings import EngineSettings
@@ -33,6 +33,8 @@ Logits: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float32]]
 LOG_LINES_MAX = 20
 PENALTY_WINDOW_TOKENS = 1024
 PIECE_BYTES_MAX = 512
+
+_KV_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}
 
 _log_lines: deque[str] = deque(maxlen=LOG_LINES_MAX)
 
@@ -58,7 +60,7 @@ class LlamaModel:
         self._check(settings)
         self._context = _new_context(self._model, settings)
         self._memory = lib.llama_get_memory(self._context)
-        self._batch = lib.llama_batch_init(_rows_max(settings), 0, 1)
+        self._batch = lib.llama_batch_init(settings.step_tokens_max, 0, 1)
         self._logits = np.empty((settings.slots, self.vocabulary_tokens), dtype=np.float32)
         self._token_ids = np.arange(self.vocabulary_tokens, dtype=np.int32)
         self._candidates = np.empty(
@@ -367,18 +369,14 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
     return model
 
 
-def _rows_max(settings: EngineSettings) -> int:
-    """Tokens of the largest slice, or of all single tokens of a step."""
-    return max(settings.prefill_tokens, settings.mixed_tokens) + SLICE_OVERSHOOT_TOKENS_MAX
-
-
 def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llama_context_p:
     params = lib.llama_context_default_params()
     params.n_ctx = settings.context_tokens * settings.slots
     params.n_seq_max = settings.slots
-    params.n_batch = params.n_ubatch = _rows_max(settings)
+    params.n_batch = params.n_ubatch = settings.step_tokens_max
     params.n_threads = params.n_threads_batch = settings.threads
     params.flash_attn_type = int(settings.flash_attention)
+    params.type_k, params.type_v = (_KV_TYPES[name] for name in settings.kv_types)
     params.kv_unified = False
     params.no_perf = True
     context = lib.llama_init_from_model(model, params)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fieldmesh.core.errors import ConfigError
-from fieldmesh.core.steps import BatcherConfig
+from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, BatcherConfig
+
+KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32}
+"""Types of cells in the KV cache, with the bytes that a value takes."""
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     "context_tokens": (16, 1 << 20),
@@ -39,6 +42,9 @@ class EngineSettings:
     ``flash_attention`` is off by default because, on a CPU with quantised weights, the arithmetic is then
     independent of what shares a step: a greedy answer is bit-identical whatever else runs (engine.llama).
 
+    ``kv_type`` q8_0 halves what keys take. Values stay f16 unless flash attention is on: llama.cpp has no
+    other way to read quantised ones.
+
     Over ``stream_tokens_max`` unread tokens a stream is paused; paused for ``slow_reader_timeout_s``, it
     is ended. ``watchdog_s`` without a finished step while there is work means a stuck process.
     ``crashes_max`` crashes within ``crash_window_s``, with no generation completed between, and the
@@ -58,6 +64,7 @@ class EngineSettings:
     system_prompt: str = ""
     n_gpu_layers: int = 0
     flash_attention: bool = False
+    kv_type: str = "f16"
     reuse_prefixes: bool = True
     watchdog_s: float = 60.0
     load_timeout_s: float = 120.0
@@ -76,7 +83,21 @@ class EngineSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be between {low} and {high}, not {value}", field=name)
+        if self.kv_type not in KV_TYPES:
+            raise ConfigError(
+                f"kv_type must be one of {', '.join(KV_TYPES)}, not {self.kv_type!r}", field="kv_type"
+            )
         self.batcher_config().validate()
+
+    @property
+    def kv_types(self) -> tuple[str, str]:
+        """Types of the cache's keys and values."""
+        return self.kv_type, self.kv_type if self.flash_attention else "f16"
+
+    @property
+    def step_tokens_max(self) -> int:
+        """Tokens of the largest slice, or of all single tokens of a step."""
+        return max(self.prefill_tokens, self.mixed_tokens) + SLICE_OVERSHOOT_TOKENS_MAX
 
     def batcher_config(self) -> BatcherConfig:
         """The scheduler's share of these settings."""

@@ -44,9 +44,11 @@ from fieldmesh.core.model import (
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
 from fieldmesh.engine.cores import cpu_budget
+from fieldmesh.engine.fit import demand_fit
 from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.gguf import read_header
 from fieldmesh.engine.host import EngineProcess
+from fieldmesh.engine.memory import memory_free_bytes
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
@@ -456,9 +458,9 @@ class Node:
 
 
 def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
-    """How the engine is set up for a profile. Raises ModelFileInvalid, ConfigError."""
+    """How the engine is set up for a profile. Raises ModelFileInvalid, ModelTooLarge, ConfigError."""
     path = profiles.model_path(profile, config.node.model)
-    read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
+    header = read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
     engine = config.engine
     slots = engine.slots or profile.slots
     settings = EngineSettings(
@@ -471,6 +473,7 @@ def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
         # However many are being answered, a prompt that arrives must get a share of the step.
         mixed_tokens=max(engine.prefill_chunk_tokens, slots + PREFILL_SHARE_TOKENS_MIN),
         queue_max=engine.queue_max,
+        kv_type=profile.kv_type,
         chat_template=profile.chat_template,
         system_prompt=profile.system_prompt,
         stream_tokens_max=engine.slow_reader_tokens_max,
@@ -479,6 +482,7 @@ def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
         crash_window_s=600.0,
     )
     settings.validate()
+    demand_fit(header, settings, engine.memory_mib_max << 20 or memory_free_bytes())
     return settings
 
 

@@ -1,0 +1,47 @@
+"""How much memory this process may still take. Owns: reading what the box has free and what cgroups (v1 and
+v2) leave of it. Must not: decide what to do with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fieldmesh.engine.cores import own_groups, read_text
+
+_UNKNOWN = 1 << 62
+
+
+def memory_free_bytes(root: Path = Path("/")) -> int:
+    """Bytes that can be had without swapping: the smaller of what is free on the box and what is left of the
+    limit of every cgroup above this process; very many where neither is known. ``root`` is where /proc and
+    /sys are found. Pages of files that could be dropped count as free."""
+    return max(0, min([_box(root), *_cgroups(root)]))
+
+
+def _box(root: Path) -> int:
+    for line in read_text(root / "proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable" and (words := rest.split()) and words[0].isdigit():
+            return int(words[0]) << 10
+    return _UNKNOWN
+
+
+def _cgroups(root: Path) -> list[int]:
+    left: list[int] = []
+    for folder in own_groups(root, "memory"):
+        for limit_file, used_file, dropped in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = read_text(folder / limit_file).strip(), read_text(folder / used_file).strip()
+            if limit.isdigit() and used.isdigit():  # not "max", not absent
+                left.append(int(limit) - int(used) + _statistic(folder, dropped))
+    return left
+
+
+def _statistic(folder: Path, name: str) -> int:
+    for line in read_text(folder / "memory.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.strip().isdigit():
+            return int(value)
+    return 0
