@@ -6,13 +6,14 @@ after every call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fieldmesh.core.batching import Batcher, common_prefix_length
+from fieldmesh.core.batching import Batcher
 from fieldmesh.core.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
 from fieldmesh.core.model import FinishReason, Priority
 from fieldmesh.core.steps import BatcherConfig, Output, Sampled, StepPlan, Work
@@ -34,11 +35,15 @@ def work(name: str, prompt: int = 10, tokens_max: int = 5, first: int = 0, **mor
 
 
 class Drive:
-    """A host on virtual time: a step takes 10 ms and 1 ms a token. Checks the batcher after every beat."""
+    """A host on virtual time: a step takes 10 ms and 1 ms a token, a transfer ends after ``transfer_steps``
+    beats and succeeds while ``disk_works``. Checks the batcher after every beat."""
 
     def __init__(self, config: BatcherConfig = CONFIG) -> None:
         self.batcher = Batcher(config)
         self.now = 0.0
+        self.transfer_steps = 1
+        self.disk_works = True
+        self._transfer: tuple[int, Callable[[], None]] | None = None
         self.outputs: list[Output] = []
         self.plans: list[StepPlan] = []
 
@@ -48,9 +53,11 @@ class Drive:
             self.batcher.check()
 
     def step(self) -> StepPlan:
+        self._end_transfer()
         plan = self.batcher.plan(self.now)
         self.batcher.check()
         self.plans.append(plan)
+        self._begin_transfer(plan)
         if plan.slices:
             self.now += 0.01 + 0.001 * plan.tokens
             results = [Sampled(id=s.id, token_id=1000 + s.position) for s in plan.slices if s.sample]
@@ -58,9 +65,25 @@ class Drive:
             self.batcher.check()
         return plan
 
+    def _begin_transfer(self, plan: StepPlan) -> None:
+        cache, ok = self.batcher.cache, self.disk_works
+        if plan.save is not None or plan.fetch:
+            assert self._transfer is None, "two transfers at once"
+        if (save := plan.save) is not None:
+            self._transfer = self.transfer_steps, lambda: cache.saved(save.name, ok=ok)
+        if fetch := plan.fetch:
+            self._transfer = self.transfer_steps, lambda: cache.fetched(fetch, ok=ok)
+
+    def _end_transfer(self) -> None:
+        if self._transfer is not None:
+            steps, end = self._transfer
+            self._transfer = (steps - 1, end) if steps else None
+            if not steps:
+                end()
+
     def run(self, steps_max: int = 10_000) -> None:
         for _ in range(steps_max):
-            if not self.step().slices:
+            if not self.step().slices and self._transfer is None:
                 return
         raise AssertionError("still busy")
 
@@ -262,6 +285,206 @@ def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
     assert 4 <= next_ten.count("b") <= 6
 
 
+# --- preemption ----------------------------------------------------------------------------
+
+STORING = replace(ONE, stored_cells=1000, store_tokens_min=50, restore_tokens_min=8)
+
+
+def test_an_interactive_request_takes_the_place_of_a_batch_one() -> None:
+    drive = Drive(STORING)
+    drive.submit(work("batch", prompt=60, tokens_max=50, priority=Priority.BATCH))
+    while drive.tokens_of("batch") < 10:
+        drive.step()
+    drive.submit(work("interactive", first=1000, priority=Priority.INTERACTIVE))
+    plan = drive.step()
+    assert [s.id for s in plan.slices] == ["interactive"]
+    assert plan.save is not None
+    assert (plan.save.slot, len(plan.save.token_ids)) == (0, 69)
+    drive.run()
+    assert drive.finished() == ["interactive", "batch"]
+    assert [o.token_index for o in drive.outputs if o.id == "batch"] == list(range(50))
+
+
+def test_a_preempted_request_goes_on_from_its_saved_state_without_computing_anything_again() -> None:
+    drive = Drive(STORING)
+    drive.submit(work("batch", prompt=60, tokens_max=50, priority=Priority.BATCH))
+    while drive.tokens_of("batch") < 10:
+        drive.step()
+    drive.submit(work("interactive", first=1000, priority=Priority.INTERACTIVE))
+    drive.run()
+    assert sum(len(s.token_ids) for p in drive.plans for s in p.slices if s.id == "batch") == 60 + 49
+    last = drive.outputs[-1].usage
+    assert last is not None
+    assert (last.prompt_tokens, last.cached_tokens, last.completion_tokens) == (60, 0, 50)
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_without_a_saved_state_a_preempted_request_is_computed_again(disk: bool) -> None:
+    drive = Drive(STORING if disk else ONE)
+    drive.disk_works = False
+    drive.submit(work("batch", prompt=60, tokens_max=50, priority=Priority.BATCH))
+    while drive.tokens_of("batch") < 10:
+        drive.step()
+    drive.submit(work("interactive", prompt=200, first=1000, priority=Priority.INTERACTIVE))
+    drive.run()
+    assert sum(len(s.token_ids) for p in drive.plans for s in p.slices if s.id == "batch") == 69 + 69 + 40
+    assert [o.token_index for o in drive.outputs if o.id == "batch"] == list(range(50))
+
+
+def test_equals_do_not_take_each_others_place() -> None:
+    drive = Drive(STORING)
+    drive.submit(work("a", tokens_max=50))
+    drive.step()
+    drive.submit(work("b", first=1000))
+    drive.run()
+    assert drive.finished() == ["a", "b"]
+
+
+def test_who_has_waited_long_enough_is_not_preempted_any_more() -> None:
+    drive = Drive(replace(STORING, ageing_s=1.0))
+    drive.submit(work("batch", tokens_max=100, priority=Priority.BATCH))
+    drive.step()
+    drive.now = 2.0
+    drive.submit(work("interactive", first=1000, priority=Priority.INTERACTIVE))
+    drive.run()
+    assert drive.finished() == ["batch", "interactive"]
+
+
+def test_who_is_nearly_done_is_not_preempted() -> None:
+    drive = Drive(STORING)
+    drive.submit(work("batch", tokens_max=STORING.preempt_tokens_min, priority=Priority.BATCH))
+    drive.step()
+    drive.submit(work("interactive", first=1000, priority=Priority.INTERACTIVE))
+    drive.run()
+    assert drive.finished() == ["batch", "interactive"]
+
+
+def test_cells_are_made_free_as_slots_are() -> None:
+    drive = Drive(replace(STORING, slots=2))
+    drive.submit(work("batch", prompt=100, tokens_max=100, priority=Priority.BATCH))
+    drive.step()
+    drive.submit(work("normal", prompt=100, tokens_max=20, first=1000))
+    assert {s.id for s in drive.step().slices} == {"normal"}
+    drive.run()
+    assert drive.finished() == ["normal", "batch"]
+
+
+def test_a_preempted_request_can_be_cancelled_and_its_state_may_then_go() -> None:
+    drive = Drive(STORING)
+    drive.submit(work("batch", prompt=60, tokens_max=50, priority=Priority.BATCH))
+    drive.step()
+    drive.submit(work("interactive", first=1000, priority=Priority.INTERACTIVE))
+    drive.step()
+    (name,) = drive.batcher.cache.stored
+    assert drive.batcher.cache.stored.pinned(name)
+    assert drive.batcher.cancel("batch")
+    assert not drive.batcher.cache.stored.pinned(name)
+    drive.run()
+    assert drive.finished() == ["interactive"]
+
+
+# --- saved states --------------------------------------------------------------------------
+
+
+def converse(drive: Drive, *names: tuple[str, int]) -> None:
+    for name, first in names:
+        drive.submit(work(name, prompt=100, first=first))
+        drive.run()
+
+
+def test_a_retired_sequence_comes_back_from_its_saved_state() -> None:
+    drive = Drive(STORING)
+    converse(drive, ("a", 0), ("b", 1000), ("again", 0))
+    usage = drive.outputs[-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == 98
+    assert [p.fetch for p in drive.plans if p.fetch]
+
+
+def test_while_a_state_is_loaded_others_take_the_slots_that_are_left() -> None:
+    drive = Drive(replace(STORING, slots=2, cells_total=512))
+    converse(drive, ("a", 0), ("b", 1000), ("c", 2000), ("d", 3000))
+    drive.transfer_steps = 3
+    drive.submit(work("again", prompt=100), work("new", prompt=20, first=5000, tokens_max=9))
+    assert {s.id for s in drive.step().slices} == {"new"}
+    drive.run()
+    assert {o.usage.cached_tokens for o in drive.outputs[-9:] if o.usage is not None} >= {98}
+
+
+def test_a_state_that_cannot_be_loaded_is_dropped_and_computed_again() -> None:
+    drive = Drive(STORING)
+    converse(drive, ("a", 0), ("b", 1000))
+    drive.disk_works = False
+    converse(drive, ("again", 0))
+    usage = drive.outputs[-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == 0
+    assert sum(len(p.drops) for p in drive.plans) == 1
+
+
+def test_saved_states_are_bounded_by_cells_the_oldest_go_first() -> None:
+    drive = Drive(replace(STORING, stored_cells=250))
+    converse(drive, ("a", 0), ("b", 1000), ("c", 2000), ("d", 3000))
+    assert drive.batcher.cache.stored.cells <= 250
+    firsts = [drive.batcher.cache.stored.tokens(n)[0] for n in drive.batcher.cache.stored]
+    assert firsts == [2000, 3000]
+
+
+def test_a_longer_state_takes_the_place_of_the_shorter_one_that_it_begins_with() -> None:
+    drive = Drive(STORING)
+    converse(drive, ("a", 0))
+    known = (*range(100), *(o.token_id for o in drive.outputs), *range(2000, 2075))
+    drive.submit(Work(id="longer", prompt_token_ids=known, tokens_max=5))
+    drive.run()
+    (name,) = drive.batcher.cache.stored
+    assert drive.batcher.cache.stored.length(name) == 184
+
+
+def test_what_a_saved_state_has_already_is_not_saved_again() -> None:
+    drive = Drive(STORING)
+    converse(drive, ("a", 0), ("b", 1000), ("again", 0), ("c", 2000))
+    assert sum(p.save is not None for p in drive.plans) == 3
+
+
+def test_a_state_from_elsewhere_is_used_like_an_own_one() -> None:
+    drive = Drive(STORING)
+    assert drive.batcher.cache.claim()
+    assert not drive.batcher.cache.claim()
+    assert drive.batcher.cache.adopt("", tuple(range(90)))
+    drive.batcher.cache.unclaim()
+    converse(drive, ("a", 0))
+    usage = drive.outputs[-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == 90
+
+
+def test_a_cache_that_cannot_be_cut_gives_whole_sequences_or_nothing() -> None:
+    drive = Drive(replace(STORING, cuttable=False))
+    converse(drive, ("a", 0))
+    known = (*range(100), *(o.token_id for o in drive.outputs), *range(2000, 2020))
+    drive.submit(Work(id="next turn", prompt_token_ids=known, tokens_max=2))
+    drive.run()
+    drive.submit(work("other turn", prompt=90))
+    drive.run()
+    cached = [o.usage.cached_tokens for o in drive.outputs if o.usage is not None]
+    assert cached == [0, 104, 0]
+
+
+def test_what_a_slot_does_not_hold_after_all_is_computed() -> None:
+    drive = Drive()
+    converse(drive, ("a", 0))
+    drive.submit(work("b", prompt=100))
+    assert drive.batcher.plan(drive.now).tokens == 2
+    (piece,) = drive.batcher.restart([0])
+    assert (piece.position, len(piece.token_ids)) == (0, CONFIG.prefill_tokens)
+    drive.batcher.check()
+    drive.batcher.commit([], drive.now)
+    drive.run()
+    usage = drive.outputs[-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == 0
+
+
 # --- pause, cancel, deadline -----------------------------------------------------------------
 
 
@@ -453,13 +676,6 @@ def test_running_sequences_sit_beside_each_other() -> None:
     assert slots == list(range(slots[0], slots[0] + len(slots)))
 
 
-@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
-def test_the_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
-    length = common_prefix_length(a, b)
-    assert a[:length] == b[:length]
-    assert length == min(len(a), len(b)) or a[length] != b[length]
-
-
 # --- misuse --------------------------------------------------------------------------------
 
 
@@ -590,38 +806,83 @@ def test_every_request_ends_exactly_once_with_all_its_tokens(works, actions, slo
             assert drive.finished().count(name) == 1
 
 
-@settings(max_examples=40, deadline=None)
-@given(WORKS)
-def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works) -> None:  # type: ignore[no-untyped-def]
-    """A model cache driven by the plans alone holds each sequence's true tokens at every step."""
-    drive = Drive(replace(CONFIG, queue_max=25))
-    cache: dict[int, list[int]] = {i: [] for i in range(CONFIG.slots)}
+@settings(max_examples=80, deadline=None)
+@given(WORKS, st.sampled_from([0, 150, 600]), st.booleans(), st.randoms(use_true_random=False))
+def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works, stored, cuttable, random) -> None:  # type: ignore[no-untyped-def]
+    """A model cache driven by the plans alone, with states that come and go, transfers that take their time
+    and fail, and places that turn out empty, holds each sequence's true tokens at every step."""
+    config = replace(
+        CONFIG,
+        queue_max=25,
+        stored_cells=stored,
+        cuttable=cuttable,
+        store_tokens_min=20,
+        restore_tokens_min=8,
+    )
+    batcher, now = Batcher(config), 0.0
+    slots: dict[int, list[int]] = {i: [] for i in range(CONFIG.slots)}
+    states: dict[str, list[int]] = {}
+    loaded: tuple[str, list[int]] = ("", [])
+    transfer: Callable[[], None] | None = None
     truth: dict[str, list[int]] = {}
-    for number, (prompt, tokens_max, first, *_rest) in enumerate(works):
-        one = work(f"w{number}", prompt=prompt, tokens_max=tokens_max, first=first)
-        truth[one.id] = list(one.prompt_token_ids)
-        drive.submit(one)
-    while True:
-        plan = drive.batcher.plan(drive.now)
+    coming = list(enumerate(works))
+    for _ in range(3000):
+        while coming and (random.random() < 0.3 or not truth):
+            number, (prompt, tokens_max, first, priority, tenant, _resume) = coming.pop()
+            one = work(f"w{number}", prompt, tokens_max, first, priority=priority, tenant=tenant)
+            truth[one.id] = list(one.prompt_token_ids)
+            batcher.submit(one, now)
+        if transfer is not None and random.random() < 0.5:
+            transfer = transfer()
+            batcher.check()
+        plan = batcher.plan(now)
+        batcher.check()
+        for name in plan.drops:
+            del states[name]
+        if (save := plan.save) is not None:
+            taken = slots[save.slot][: len(save.token_ids)]
+            assert tuple(taken) == save.token_ids == tuple(slots[save.slot])
+            good = random.random() < 0.8
+            states.update({save.name: taken} if good else {})
+            assert transfer is None
+            loaded = ("", [])  # one buffer for all
+            transfer = lambda n=save.name, ok=good: batcher.cache.saved(n, ok=ok)  # noqa: E731
+        if plan.fetch:
+            loaded, good = (plan.fetch, states[plan.fetch]), random.random() < 0.8
+            assert transfer is None
+            transfer = lambda n=plan.fetch, ok=good: batcher.cache.fetched(n, ok=ok)  # noqa: E731
+        empty = set()
         for place in plan.places:
-            cache[place.slot] = cache[place.source][: place.keep_tokens]
-            assert len(cache[place.slot]) == place.keep_tokens
-        if not plan.slices:
+            assert not place.state or place.state == loaded[0]
+            held = loaded[1] if place.state else slots[place.source]
+            if place.source in empty or random.random() < 0.1:
+                held = []
+                empty.add(place.slot)
+            else:
+                assert cuttable or place.keep_tokens in (0, len(held))
+                assert len(held) >= place.keep_tokens
+            slots[place.slot] = held[: place.keep_tokens]
+        slices = batcher.restart(empty) if empty else plan.slices
+        batcher.check()
+        if slices:
+            assert len({s.slot for s in slices}) == len(slices)
+            results = []
+            for piece in slices:
+                assert len(slots[piece.slot]) == piece.position
+                slots[piece.slot].extend(piece.token_ids)
+                assert slots[piece.slot] == truth[piece.id][: len(slots[piece.slot])]
+                assert len(slots[piece.slot]) <= CONFIG.context_tokens
+                if piece.sample:
+                    results.append(Sampled(id=piece.id, token_id=7000 + len(truth[piece.id])))
+                    truth[piece.id].append(results[-1].token_id)
+            now += 0.01
+            batcher.commit(results, now)
+            batcher.check()
+        elif transfer is None and not coming:
             break
-        assert len({s.slot for s in plan.slices}) == len(plan.slices)
-        results = []
-        for piece in plan.slices:
-            assert len(cache[piece.slot]) == piece.position
-            cache[piece.slot].extend(piece.token_ids)
-            assert cache[piece.slot] == truth[piece.id][: len(cache[piece.slot])]
-            assert len(cache[piece.slot]) <= CONFIG.context_tokens
-            if piece.sample:
-                results.append(Sampled(id=piece.id, token_id=7000 + len(truth[piece.id])))
-                truth[piece.id].append(results[-1].token_id)
-        drive.now += 0.01
-        drive.batcher.commit(results, drive.now)
-        drive.batcher.check()
-    assert drive.batcher.load().running == 0
+    assert (batcher.load().running, batcher.load().queued) == (0, 0)
+    for number, (prompt, tokens_max, *_rest) in enumerate(works):
+        assert len(truth[f"w{number}"]) == prompt + tokens_max
 
 
 @settings(max_examples=30, deadline=None)

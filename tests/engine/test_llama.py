@@ -105,15 +105,77 @@ def test_a_chain_of_copies_in_one_step_holds(model: LlamaModel, whole: np.ndarra
     assert np.array_equal(model.logits(rows["c"]), whole)
 
 
-def test_a_model_with_sliding_windows_is_known_to_be_uncuttable(tmp_path: Path) -> None:
-    windowed = load(write_tiny_model(tmp_path / "window.gguf", window=16))
-    assert not windowed.prefixes_reusable
-    rows = windowed.run([piece("a", 0, 0, PROMPT)])
-    cold = windowed.logits(rows["a"]).copy()
-    windowed.place([Place(slot=0, source=0, keep_tokens=0)])
-    rows = windowed.run([piece("b", 0, 0, PROMPT)])
-    assert np.array_equal(windowed.logits(rows["b"]), cold)
-    windowed.close()
+def test_a_slot_without_the_tokens_that_it_should_keep_is_emptied_and_named(model: LlamaModel) -> None:
+    prefill(model, 0, 150, until=50)
+    places = [Place(slot=1, source=0, keep_tokens=60), Place(slot=2, source=0, keep_tokens=50)]
+    assert model.place(places) == [1]
+    assert model.place([Place(slot=3, source=3, keep_tokens=0, state="gone")]) == [3]
+
+
+def saved(model: LlamaModel, slot: int) -> memoryview:
+    state = memoryview(bytearray(model.state_bytes(slot)))
+    model.save_state(slot, state)
+    return state
+
+
+def test_a_saved_state_goes_on_as_if_it_had_never_left(model: LlamaModel, whole: np.ndarray) -> None:
+    prefill(model, 0, 100, until=100)
+    state = saved(model, 0)
+    model.run([piece("x", 0, 100, PROMPT[:20])])
+    prefill(model, 3, 100, until=90)
+    assert model.place([Place(slot=3, source=3, keep_tokens=100, state="it")], state) == []
+    rows = model.run([piece("b", 3, 100, PROMPT[100:])])
+    assert np.array_equal(model.logits(rows["b"]), whole)
+
+
+def test_a_state_that_the_library_refuses_leaves_an_empty_slot(model: LlamaModel) -> None:
+    junk = memoryview(bytearray(b"\7" * 4096))
+    assert model.place([Place(slot=2, source=2, keep_tokens=10, state="it")], junk) == [2]
+    assert model.place([Place(slot=2, source=2, keep_tokens=0)]) == []
+    model.run([piece("a", 2, 0, PROMPT)])
+
+
+@pytest.fixture(scope="module", params=["window", "recurrent"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
+    """A model whose layers keep less than everything: 16 tokens, or one state."""
+    kind = {"window": {"window": 16}, "recurrent": {"recurrent": True}}[request.param]
+    path = write_tiny_model(tmp_path_factory.mktemp("other") / "tiny.gguf", **kind)  # type: ignore[arg-type]
+    made = load(path)
+    assert made.cuttable is (request.param == "window")
+    yield made
+    made.close()
+
+
+def test_other_architectures_keep_copy_and_save_whole_sequences(other: LlamaModel) -> None:
+    other.place([Place(slot=i, source=i, keep_tokens=0) for i in range(4)])
+    prefill(other, 1, 100, until=100)
+    cold = other.logits(other.run([piece("a", 1, 100, PROMPT[100:])])["a"]).copy()
+    prefill(other, 0, 100, until=100)
+    state = saved(other, 0)
+    places = [
+        Place(slot=2, source=0, keep_tokens=100),
+        Place(slot=3, source=3, keep_tokens=100, state="it"),
+        Place(slot=0, source=0, keep_tokens=100),
+    ]
+    assert other.place(places, state) == []
+    for slot in (2, 3, 0):
+        rows = other.run([piece("b", slot, 100, PROMPT[100:])])
+        assert np.array_equal(other.logits(rows["b"]), cold)
+
+
+def test_a_cache_that_can_be_cut_is_cut_right_and_one_that_cannot_says_so(other: LlamaModel) -> None:
+    other.place([Place(slot=i, source=i, keep_tokens=0) for i in range(4)])
+    prefill(other, 1, 100, until=100)
+    cold = other.logits(other.run([piece("a", 1, 100, PROMPT[100:])])["a"]).copy()
+    prefill(other, 0, 130, until=130)
+    failed = other.place([Place(slot=0, source=0, keep_tokens=100)])
+    assert failed == ([] if other.cuttable else [0])
+    start = 100 if other.cuttable else 0
+    for end in (100, 150):
+        if start < end:
+            row = other.run([piece("b", 0, start, PROMPT[start:end])])["b"]
+        start = end
+    assert np.array_equal(other.logits(row), cold)
 
 
 # --- text and templates ------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""A tiny random llama-architecture model: the real llama.cpp runs it in well under a millisecond a step."""
+"""Tiny random models: the real llama.cpp runs them in well under a millisecond a step.
+
+By default of llama's architecture; also one with sliding windows (as Gemma 3), and one with recurrent layers
+(as Mamba), whose cache cannot be cut.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 
 CONTEXT_TOKENS = 8192
 EMBEDDING, HEADS, LAYERS, FEED_FORWARD = 32, 4, 2, 64
+CONVOLUTION, STATE, RANK = 4, 16, 2
 WORDS = ["▁", *"abcdefghijklmnopqrstuvwxyz .,?!", "▁the", "▁a", "▁field", "▁mesh", "ing", "er"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
@@ -17,9 +22,12 @@ TEMPLATE = (
 )
 
 
-def write_tiny_model(path: Path, *, seed: int = 7, template: str = TEMPLATE, window: int = 0) -> Path:
-    """Write the model to ``path``. ``window`` above 0 makes it Gemma-3-like: sliding-window attention."""
-    architecture = "gemma3" if window else "llama"
+def write_tiny_model(
+    path: Path, *, seed: int = 7, template: str = TEMPLATE, window: int = 0, recurrent: bool = False
+) -> Path:
+    """Write the model to ``path``. ``window`` above 0 makes it Gemma-3-like: sliding-window attention;
+    ``recurrent`` makes it a Mamba."""
+    architecture = "mamba" if recurrent else "gemma3" if window else "llama"
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT_TOKENS)
@@ -35,9 +43,17 @@ def write_tiny_model(path: Path, *, seed: int = 7, template: str = TEMPLATE, win
         writer.add_value_length(EMBEDDING // HEADS)
     else:
         writer.add_rope_dimension_count(EMBEDDING // HEADS)
+    if recurrent:
+        writer.add_ssm_conv_kernel(CONVOLUTION)
+        writer.add_ssm_inner_size(2 * EMBEDDING)
+        writer.add_ssm_state_size(STATE)
+        writer.add_ssm_time_step_rank(RANK)
     vocabulary = _add_tokenizer(writer, template)
     random = np.random.default_rng(seed)
-    _add_tensors(writer, random, vocabulary, gemma=bool(window))
+    if recurrent:
+        _add_recurrent_tensors(writer, random, vocabulary)
+    else:
+        _add_tensors(writer, random, vocabulary, gemma=bool(window))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -90,6 +106,28 @@ def _add_tensors(
         add(f"blk.{layer}.ffn_gate", FEED_FORWARD, EMBEDDING)
         add(f"blk.{layer}.ffn_up", FEED_FORWARD, EMBEDDING)
         add(f"blk.{layer}.ffn_down", EMBEDDING, FEED_FORWARD)
+
+
+def _add_recurrent_tensors(writer: gguf.GGUFWriter, random: np.random.Generator, vocabulary: int) -> None:
+    inner = 2 * EMBEDDING
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, random.normal(0, 0.3, shape).astype(np.float32))
+
+    add("token_embd.weight", vocabulary, EMBEDDING)
+    add("output_norm.weight", EMBEDDING)
+    for layer in range(LAYERS):
+        block = f"blk.{layer}"
+        add(f"{block}.attn_norm.weight", EMBEDDING)
+        add(f"{block}.ssm_in.weight", 2 * inner, EMBEDDING)
+        add(f"{block}.ssm_conv1d.weight", inner, CONVOLUTION)
+        add(f"{block}.ssm_conv1d.bias", inner)
+        add(f"{block}.ssm_x.weight", RANK + 2 * STATE, inner)
+        add(f"{block}.ssm_dt.weight", inner, RANK)
+        add(f"{block}.ssm_dt.bias", inner)
+        writer.add_tensor(f"{block}.ssm_a", -np.exp(random.normal(0, 0.3, (inner, STATE))).astype(np.float32))
+        add(f"{block}.ssm_d", inner)
+        add(f"{block}.ssm_out.weight", EMBEDDING, inner)
 
 
 def default_model_path() -> Path:

@@ -1,14 +1,15 @@
 """Continuous batching: which tokens of which sequences the next step of the model computes.
 
 Owns: the queue, admission (by slots and by KV cells), the order between priorities and tenants, the mix
-of decode and prefill in a step, reuse of resident prefixes, pause, cancel, deadlines, and the numbers
-that say how busy the engine is. Must not: know llama.cpp, text, tokenizers, a clock or a socket.
+of decode and prefill in a step, preemption, pause, cancel, deadlines, and the numbers that say how busy the
+engine is. Must not: know llama.cpp, text, tokenizers, a clock or a socket. ``core.residency`` knows where
+computed tokens are.
 
 Three beats: ``plan`` says what to compute, the host runs it, ``commit`` takes what was sampled::
 
     submit ──> QUEUED ──plan──> RUNNING ──commit──> finished (stop, length)
-                  │                │ ^
-                  │             pause, resume (keeps its cells, computes nothing)
+                  │ ^              │ │ ^
+                  │ └──preempted───┘ pause, resume (keeps its cells, computes nothing)
                   └──cancel, deadline──> ended (its slot is free at the next plan)
 
 A running sequence is a list of known tokens of which the first ``computed`` are in the KV cache. Several
@@ -20,22 +21,27 @@ known tokens asks for one sampled token.
 - A request reserves cells for its prompt and all tokens it may produce before it is admitted: nothing
   that runs can run out of cells.
 - A waiting request rises one priority level every ``ageing_s``: whatever else arrives, nothing starves.
+- Where slots or cells run out, a request of a higher priority takes the place of a running one of a lower
+  that has not risen to its level. The state of the latter is saved; it waits with its tokens, as old as it
+  is, and goes on where it was.
 - Between tenants of one level, the one that was served least goes first (virtual token counters: Sheng
   et al., Fairness in Serving Large Language Models, OSDI 2024).
 - A finished sequence leaves its tokens resident in its slot until the slot or its cells are needed. A
-  new request starts from the longest prefix resident anywhere; while a longer one is being computed it
-  stands aside, so that many who arrive together with one system prompt pay for it once.
+  new request starts from the longest prefix to be had anywhere; while a longer one is being computed or
+  loaded it stands aside, so that many who arrive together with one system prompt pay for it once.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import replace
 
 from fieldmesh.core.errors import InvalidRequest, PromptTooLong, QueueFull
 from fieldmesh.core.model import EngineState, FinishReason, Load, Priority, Usage
 from fieldmesh.core.pace import Pace
+from fieldmesh.core.residency import Residency, Source
+from fieldmesh.core.sequences import Running, Waiting
 from fieldmesh.core.steps import (
     SLICE_TOKENS_MIN,
     BatcherConfig,
@@ -51,53 +57,6 @@ ADMISSION_LOOKAHEAD = 16
 """How many waiting requests are looked at for one that need not stand aside: bounds the work of a plan."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Sequence:
-    """A running generation. ``tokens`` are known, the first ``computed`` of them are in the KV cache."""
-
-    work: Work
-    arrived: float
-    order: int
-    slot: int
-    tokens: list[int]
-    computed: int
-    cached: int
-    paused: bool = False
-    ended: bool = False
-
-    @property
-    def outstanding(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.work.prompt_token_ids)
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self.work.prompt_token_ids),
-            cached_tokens=self.cached,
-            completion_tokens=self.generated,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Waiting:
-    work: Work
-    arrived: float
-    order: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Slot:
-    """``resident``: tokens whose cells are in this slot, of the running sequence or of the last one."""
-
-    sequence: _Sequence | None = None
-    resident: list[int] = field(default_factory=list)
-    freed_order: int = 0
-
-
 class Batcher:
     """The scheduler of one loaded context. Not thread-safe; ``now`` is monotonic seconds, never decreasing.
 
@@ -107,9 +66,9 @@ class Batcher:
     def __init__(self, config: BatcherConfig) -> None:
         config.validate()
         self.config = config
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
-        self._running: OrderedDict[str, _Sequence] = OrderedDict()
-        self._slots = [_Slot() for _ in range(config.slots)]
+        self._waiting: OrderedDict[str, Waiting] = OrderedDict()
+        self._running: OrderedDict[str, Running] = OrderedDict()
+        self.cache = Residency(config)
         self._served: dict[str, int] = {}
         self._pace = Pace(config.slots)
         self._order = 0
@@ -150,13 +109,15 @@ class Batcher:
                 retry_after_s=self._retry_after_s(),
             )
         self._order += 1
-        self._waiting[work.id] = _Waiting(work=work, arrived=now, order=self._order)
+        tokens = [*work.prompt_token_ids, *work.resume_token_ids]
+        self._waiting[work.id] = Waiting(work=work, arrived=now, order=self._order, tokens=tokens)
         if work.tenant not in self._served:  # joins level with those being served: no credit for absence
             self._served[work.tenant] = min(self._served.values(), default=0)
 
     def cancel(self, generation_id: str) -> bool:
         """End a generation; False if it is not here. A step under way may still compute it in vain."""
-        if self._waiting.pop(generation_id, None) is not None:
+        if (waiting := self._waiting.pop(generation_id, None)) is not None:
+            self._unpin(waiting)
             self._forget_idle_tenants()
             return True
         sequence = self._running.get(generation_id)
@@ -185,50 +146,79 @@ class Batcher:
     def plan(self, now: float) -> StepPlan:
         """Drop what is past its deadline, admit what fits, and share out the next step.
 
-        A plan without slices is not committed: nothing can run before a command, or ``deadline``.
+        A plan without slices is not committed: nothing can run before a command, or ``deadline``, or the end
+        of a transfer.
         """
         assert self._planned is None, "plan was called twice without commit"
+        self.cache.begin_plan()
         expired = tuple(w.id for w in self._works() if w.deadline is not None and w.deadline <= now)
         for generation_id in expired:
             self.cancel(generation_id)
         places = self._admit(now)
-        plan = StepPlan(expired=expired, places=places, slices=self._share(now))
+        if not self._running and not self._waiting:
+            self.cache.spill_idle()
+        drops, save, fetch = self.cache.take_orders()
+        plan = StepPlan(
+            expired=expired, drops=drops, save=save, fetch=fetch, places=places, slices=self._share(now)
+        )
         if plan.slices:
             self._planned, self._planned_at = plan, now
         return plan
 
     def _admit(self, now: float) -> tuple[Place, ...]:
         """Admit strictly in order of rank: a large request at the head is not overtaken for ever. Only those
-        whose prefix is just being computed stand aside until it is there."""
+        whose prefix is just being computed or loaded stand aside until it is there."""
         places: list[Place] = []
-        while self._waiting and self._free_slots():
-            ranked = sorted(self._waiting.values(), key=lambda w: self._rank(w, now))
-            head = next((w for w in ranked[:ADMISSION_LOOKAHEAD] if not self._prefix_is_coming(w.work)), None)
-            if head is None or not self._make_room(head.work.cells):
+        while self._waiting and self._room_is_possible():
+            found = self._first_that_need_not_wait(now)
+            if found is None:
                 break
-            del self._waiting[head.work.id]
-            places.append(self._place(head))
+            del self._waiting[found[0].work.id]
+            places.append(self._place(*found))
         return tuple(places)
 
-    def _prefix_is_coming(self, work: Work) -> bool:
-        """Whether a running sequence, no less urgent, is computing more of this work's tokens than any slot
-        holds."""
-        if not self.config.reuse_prefixes:
-            return False
-        known = [*work.prompt_token_ids, *work.resume_token_ids]
-        coming = [
-            common_prefix_length(s.tokens, known)
+    def _room_is_possible(self) -> bool:
+        """Whether it is worth looking: a slot is free, or someone could make way."""
+        if self._free_slots() > 0:
+            return True
+        urgent = min(w.work.priority.value for w in self._waiting.values())
+        return any(s.work.priority.value > urgent for s in self._running.values())
+
+    def _first_that_need_not_wait(self, now: float) -> tuple[Waiting, Source] | None:
+        """The next to run and what it begins with. Room is kept for those whose state is being loaded."""
+        ranked = sorted(self._waiting.values(), key=lambda w: self._rank(w, now))
+        kept_slots = kept_cells = 0
+        for waiting in ranked[:ADMISSION_LOOKAHEAD]:
+            work = waiting.work
+            source = self.cache.best(work.adapter, waiting.tokens, waiting.keep_max)
+            if self._prefix_is_coming(waiting, source.keep):
+                continue
+            if not self._fits(work.cells + kept_cells, kept_slots):
+                if kept_slots or not self._preempt_for(waiting, now):
+                    return None
+                source = self.cache.best(work.adapter, waiting.tokens, waiting.keep_max)
+            if not source.name or self.cache.fetch(source.name):
+                return waiting, source
+            kept_slots, kept_cells = kept_slots + 1, kept_cells + work.cells
+        return None
+
+    def _prefix_is_coming(self, waiting: Waiting, there: int) -> bool:
+        """Whether a running sequence, no less urgent, is computing more of this work's tokens than are to be
+        had anywhere."""
+        computing = {
+            s.slot
             for s in self._running.values()
             if s.outstanding > 1
             and not s.paused
             and not s.ended
-            and s.work.priority.value <= work.priority.value
-        ]
-        if max(coming, default=0) < self.config.reuse_tokens_min:
+            and s.work.priority.value <= waiting.work.priority.value
+        }
+        if not computing:
             return False
-        return max(coming) - self._longest_resident(known)[1] >= self.config.reuse_tokens_min
+        coming = min(self.cache.coming(waiting.work.adapter, waiting.tokens, computing), waiting.keep_max)
+        return coming - there >= self.config.reuse_tokens_min
 
-    def _rank(self, waiting: _Waiting, now: float) -> tuple[int, int, int]:
+    def _rank(self, waiting: Waiting, now: float) -> tuple[int, int, int]:
         return (
             self._level(waiting.work.priority, waiting.arrived, now),
             self._served[waiting.work.tenant],
@@ -238,59 +228,89 @@ class Batcher:
     def _level(self, priority: Priority, arrived: float, now: float) -> int:
         return priority.value - int((now - arrived) / self.config.ageing_s)
 
-    def _make_room(self, cells: int) -> bool:
-        """Whether ``cells`` more can be reserved, dropping resident prefixes (oldest first) as needed."""
+    def _fits(self, cells: int, kept_slots: int = 0) -> bool:
         reserved = sum(s.work.cells for s in self._running.values())
-        if reserved + cells > self.config.cells_total:
-            return False
-        retired = sorted((s for s in self._slots if s.sequence is None), key=lambda s: s.freed_order)
-        excess = reserved + cells + sum(len(s.resident) for s in retired) - self.config.cells_total
-        for slot in retired:
-            if excess <= 0:
-                break
-            excess -= len(slot.resident)
-            slot.resident = []
+        return self._free_slots() > kept_slots and reserved + cells <= self.config.cells_total
+
+    def _victim(self, waiting: Waiting, now: float) -> Running | None:
+        """The running sequence that should make way: of lower priority, and below the other's level even with
+        the time that it has waited; the least urgent, of those the latest to arrive."""
+        level = self._level(waiting.work.priority, waiting.arrived, now)
+        below = [
+            s
+            for s in self._running.values()
+            if not s.ended
+            and s.work.priority.value > waiting.work.priority.value
+            and self._level(s.work.priority, s.arrived, now) > level
+            and s.work.tokens_max - s.generated >= self.config.preempt_tokens_min
+        ]
+        return max(below, key=lambda s: (self._level(s.work.priority, s.arrived, now), s.order), default=None)
+
+    def _preempt_for(self, waiting: Waiting, now: float) -> bool:
+        """Make way for ``waiting``; False while that has to wait (for the transfer of another state)."""
+        while not self._fits(waiting.work.cells):
+            victim = self._victim(waiting, now)
+            if victim is None or not self._preempt(victim):
+                return False
         return True
 
-    def _place(self, waiting: _Waiting) -> Place:
+    def _preempt(self, victim: Running) -> bool:
+        """Put a running sequence back into the queue, with its state saved where that is worth it."""
+        work, known, state = victim.work, victim.tokens[: victim.computed], ""
+        if self.config.stored_cells and victim.computed >= self.config.restore_tokens_min:
+            if not self.cache.transfer_free:
+                return False
+            if state := self.cache.save(victim.slot, work.adapter, known):
+                self.cache.stored.pin(state)
+        self._waiting[work.id] = Waiting(
+            work=work,
+            arrived=victim.arrived,
+            order=victim.order,
+            tokens=victim.tokens,
+            cached=victim.cached,
+            state=state,
+        )
+        self._release(victim)
+        return True
+
+    def _unpin(self, waiting: Waiting) -> None:
+        if waiting.state in self.cache.stored:
+            self.cache.stored.unpin(waiting.state)
+
+    def _place(self, waiting: Waiting, source: Source) -> Place:
         work = waiting.work
-        known = [*work.prompt_token_ids, *work.resume_token_ids]
-        source, keep = self._longest_resident(known)
-        free = [i for i, s in enumerate(self._slots) if s.sequence is None]
         # Continue in the slot that holds the prefix; else stay beside running neighbours (llama.cpp computes
         # neighbouring sequences in one pass) and overwrite what was used least recently.
-        index = source if source in free else min(free, key=self._slot_cost)
-        slot = self._slots[index]
-        slot.resident = known[:keep]
-        slot.sequence = _Sequence(
+        running = {s.slot for s in self._running.values()}
+        free = [i for i in range(self.config.slots) if i not in running]
+        slot = source.slot if source.slot in free else min(free, key=lambda i: self._slot_cost(i, running))
+        self._unpin(waiting)
+        self._running[work.id] = Running(
             work=work,
             arrived=waiting.arrived,
             order=waiting.order,
-            slot=index,
-            tokens=known,
-            computed=keep,
-            cached=min(keep, len(work.prompt_token_ids)),
+            slot=slot,
+            tokens=waiting.tokens,
+            computed=source.keep,
+            cached=min(source.keep, len(work.prompt_token_ids)) if waiting.cached is None else waiting.cached,
         )
-        self._running[work.id] = slot.sequence
-        self._served[work.tenant] += len(known) - keep
-        return Place(slot=index, source=source if keep else index, keep_tokens=keep)
+        self._served[work.tenant] += len(waiting.tokens) - source.keep
+        return self.cache.place(slot, work.adapter, waiting.tokens, source, work.cells)
 
-    def _slot_cost(self, index: int) -> tuple[int, bool, int]:
-        neighbours = self._slots[max(0, index - 1) : index + 2]
-        beside = sum(s.sequence is not None for s in neighbours)
-        return -beside, bool(self._slots[index].resident), self._slots[index].freed_order
+    def _slot_cost(self, index: int, running: set[int]) -> tuple[int, bool, int]:
+        beside = len(running & {index - 1, index + 1})
+        return -beside, index in self.cache.slots, self.cache.freed_order[index]
 
-    def _longest_resident(self, known: list[int]) -> tuple[int, int]:
-        """The slot sharing the longest prefix with ``known``, and its length (the last tokens are always
-        computed again: their logits are needed, and none is computed alone). Ties prefer a free slot."""
-        if not self.config.reuse_prefixes:
-            return -1, 0
-        source, keep = max(
-            ((i, common_prefix_length(s.resident, known)) for i, s in enumerate(self._slots)),
-            key=lambda found: (found[1], self._slots[found[0]].sequence is None, -found[0]),
-        )
-        keep = min(keep, len(known) - SLICE_TOKENS_MIN)
-        return (source, keep) if keep >= self.config.reuse_tokens_min else (-1, 0)
+    def restart(self, slots: Iterable[int]) -> tuple[Slice, ...]:
+        """What was to be in these slots is not there: compute their sequences from the beginning. Returns the
+        new slices of the planned step."""
+        assert self._planned is not None, "there is no plan to mend"
+        for sequence in self._running.values():
+            if sequence.slot in slots:
+                sequence.computed = self.cache.computed[sequence.slot] = 0
+                sequence.cached = 0
+        self._planned = replace(self._planned, slices=self._share(self._planned_at))
+        return self._planned.slices
 
     def _share(self, now: float) -> tuple[Slice, ...]:
         """Decode first, then prefill: most urgent level first, within it the nearest to its first token."""
@@ -309,7 +329,7 @@ class Batcher:
             left -= len(slices[-1].token_ids)
         return tuple(slices)
 
-    def _slice(self, sequence: _Sequence, tokens_max: int) -> Slice:
+    def _slice(self, sequence: Running, tokens_max: int) -> Slice:
         """The next tokens of one sequence. Delivered tokens go in small chunks of their own: this keeps the
         arithmetic, and so the continuation, equal to what it would have been without the interruption."""
         start, prompt = sequence.computed, len(sequence.work.prompt_token_ids)
@@ -347,7 +367,7 @@ class Batcher:
         for piece in plan.slices:
             sequence = self._running[piece.id]
             sequence.computed += len(piece.token_ids)
-            self._slots[sequence.slot].resident.extend(piece.token_ids)
+            self.cache.computed[sequence.slot] = sequence.computed
             if sequence.ended:
                 self._release(sequence)
             elif piece.sample:
@@ -358,7 +378,7 @@ class Batcher:
         )
         return tuple(outputs)
 
-    def _append(self, sequence: _Sequence, result: Sampled) -> Output:
+    def _append(self, sequence: Running, result: Sampled) -> Output:
         sequence.tokens.append(result.token_id)
         # A decoded token keeps the hardware busier than a prefilled one; 2 is the paper's weight.
         self._served[sequence.work.tenant] += 2
@@ -379,18 +399,15 @@ class Batcher:
 
     # --- endings ----------------------------------------------------------------------------
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: Running) -> None:
         """Free a sequence's slot now, or at commit while a step is computing it."""
         sequence.ended = True
         if self._planned is None or all(s.id != sequence.work.id for s in self._planned.slices):
             self._release(sequence)
 
-    def _release(self, sequence: _Sequence) -> None:
+    def _release(self, sequence: Running) -> None:
         del self._running[sequence.work.id]
-        slot = self._slots[sequence.slot]
-        slot.sequence = None
-        self._order += 1
-        slot.freed_order = self._order
+        self.cache.retire(sequence.slot, sequence.work.adapter, sequence.tokens[: sequence.computed])
         self._forget_idle_tenants()
 
     def _forget_idle_tenants(self) -> None:
@@ -407,8 +424,7 @@ class Batcher:
     def load(self, *, draining: bool = False) -> Load:
         """Everything that routing wants to know, measured."""
         running = self._running.values()
-        waiting = [w.work for w in self._waiting.values()]
-        known = sum(len(w.prompt_token_ids) + len(w.resume_token_ids) for w in waiting)
+        waiting = self._waiting.values()
         return Load(
             engine=EngineState.READY,
             slots=self.config.slots,
@@ -417,8 +433,9 @@ class Batcher:
             queue_max=self.config.queue_max,
             kv_cells_used=sum(s.work.cells for s in running),
             kv_cells_total=self.config.cells_total,
-            pending_prefill_tokens=known + sum(s.outstanding for s in running if s.outstanding > 1),
-            pending_decode_tokens=sum(w.tokens_max - len(w.resume_token_ids) for w in waiting)
+            pending_prefill_tokens=sum(len(w.tokens) for w in waiting)
+            + sum(s.outstanding for s in running if s.outstanding > 1),
+            pending_decode_tokens=sum(w.work.cells + 1 - len(w.tokens) for w in waiting)
             + sum(s.work.tokens_max - s.generated for s in running),
             prefill_tokens_per_s=self._pace.prefill_tokens_per_s,
             decode_tokens_per_s=self._pace.decode_tokens_per_s(len(self._running)),
@@ -445,32 +462,18 @@ class Batcher:
         config = self.config
         assert len(self._waiting) <= config.queue_max + config.slots
         assert not set(self._waiting) & set(self._running)
-        owners = [s.sequence.work.id for s in self._slots if s.sequence is not None]
-        assert sorted(owners) == sorted(self._running), "a running sequence owns exactly one slot"
-        assert sum(s.work.cells for s in self._running.values()) <= config.cells_total
-        retired = sum(len(s.resident) for s in self._slots if s.sequence is None)
-        assert retired + sum(s.work.cells for s in self._running.values()) <= config.cells_total
-        for index, slot in enumerate(self._slots):
-            if (sequence := slot.sequence) is None:
-                assert len(slot.resident) <= config.context_tokens
-                continue
-            assert sequence.slot == index
-            assert len(slot.resident) == sequence.computed < len(sequence.tokens)
-            assert slot.resident == sequence.tokens[: sequence.computed]
+        self.cache.check()
+        owners = sorted(s.slot for s in self._running.values())
+        assert owners == sorted(i for i in self.cache.slots if self.cache.slots.pinned(i))
+        assert len(set(owners)) == len(owners), "a running sequence owns exactly one slot"
+        for sequence in self._running.values():
+            assert self.cache.computed[sequence.slot] == sequence.computed < len(sequence.tokens)
+            known = self.cache.slots.tokens(sequence.slot)
+            assert list(known) == sequence.tokens[: len(known)]
             assert sequence.computed <= sequence.work.cells
             assert sequence.cached <= len(sequence.work.prompt_token_ids)
             assert not sequence.ended or self._planned is not None
+        for waiting in self._waiting.values():
+            assert len(waiting.tokens) <= waiting.work.cells
         assert set(self._served) >= {w.tenant for w in self._works()}
         assert len(self._served) <= len(self._waiting) + len(self._running)
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    low, high = 0, length  # a[:low] == b[:low], a[:high] != b[:high]
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
-    return low

@@ -16,6 +16,19 @@ last bits differ. A prompt's tokens never go alone, so that an answer does not d
 SLICE_OVERSHOOT_TOKENS_MAX = 1
 """What a slice may exceed its share by, rather than leave one token alone."""
 
+_LOWEST = {
+    "slots": 1,
+    "prefill_tokens": 1,
+    "mixed_tokens": 1,
+    "resume_chunk_tokens": 1,
+    "reuse_tokens_min": 1,
+    "store_tokens_min": 1,
+    "restore_tokens_min": 1,
+    "preempt_tokens_min": 1,
+    "queue_max": 0,
+    "stored_cells": 0,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatcherConfig:
@@ -23,6 +36,12 @@ class BatcherConfig:
 
     ``mixed_tokens`` bounds a step while something decodes: at 48, a step of SmolLM2 on two cores takes
     about 130 ms instead of 25. ``reuse_tokens_min``: a shorter common prefix is not worth the copy.
+
+    ``cuttable`` is False where the cache can keep all of a sequence or nothing (recurrent layers).
+    ``stored_cells`` bounds saved states (0: none are kept). A retired sequence is saved where it has at least
+    ``store_tokens_min`` tokens that no saved state has, and a state is loaded where it spares at least
+    ``restore_tokens_min`` tokens of prefill (both guesses: about a second, and a quarter of one, of prefill).
+    ``preempt_tokens_min``: who has fewer tokens left to produce is not preempted any more.
     """
 
     slots: int = 4
@@ -35,14 +54,17 @@ class BatcherConfig:
     ageing_s: float = 10.0
     reuse_prefixes: bool = True
     reuse_tokens_min: int = 16
+    cuttable: bool = True
+    stored_cells: int = 0
+    store_tokens_min: int = 256
+    restore_tokens_min: int = 64
+    preempt_tokens_min: int = 8
 
     def validate(self) -> None:
         """Raise ConfigError for the first combination that cannot work."""
-        for name in ("slots", "prefill_tokens", "mixed_tokens", "resume_chunk_tokens", "reuse_tokens_min"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", field=name)
-        if self.queue_max < 0:
-            raise ConfigError(f"queue_max must be 0 or more, not {self.queue_max}", field="queue_max")
+        for name, low in _LOWEST.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}", field=name)
         if self.context_tokens < 8:
             raise ConfigError(
                 f"context_tokens must be at least 8, not {self.context_tokens}", field="context_tokens"
@@ -68,7 +90,8 @@ class Work:
     """One generation as the batcher sees it.
 
     ``resume_token_ids`` were delivered before: they follow the prompt and count towards ``tokens_max``.
-    ``deadline`` is a time on the clock that is handed to ``plan``; None for never.
+    ``deadline`` is a time on the clock that is handed to ``plan``; None for never. Only work of one
+    ``adapter`` shares prefixes.
     """
 
     id: str
@@ -78,6 +101,7 @@ class Work:
     priority: Priority = Priority.NORMAL
     tenant: str = ""
     deadline: float | None = None
+    adapter: str = ""
 
     @property
     def cells(self) -> int:
@@ -87,11 +111,24 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Before a step: ``slot`` must hold the first ``keep_tokens`` tokens of slot ``source`` and no others."""
+    """Before a step: ``slot`` must hold the first ``keep_tokens`` tokens of slot ``source`` and no others;
+    of the fetched ``state`` where one is named."""
 
     slot: int
     source: int
     keep_tokens: int
+    state: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """Before the places of a step: take the state of ``slot`` out, which holds ``token_ids``; say ``saved``
+    when it is written under ``name``."""
+
+    name: str
+    slot: int
+    adapter: str
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +144,15 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step: ``places`` in order, then all ``slices`` at once. ``expired`` ids passed their deadline."""
+    """One step: ``places`` in order, then all ``slices`` at once. ``expired`` ids passed their deadline.
+
+    Before that, and also where there are no slices, the saved states: forget ``drops``, take out ``save``,
+    load ``fetch`` (say ``fetched`` when it is there)."""
 
     expired: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
+    save: Save | None = None
+    fetch: str = ""
     places: tuple[Place, ...] = ()
     slices: tuple[Slice, ...] = ()
 

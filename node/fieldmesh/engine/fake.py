@@ -45,7 +45,7 @@ class FakeModel:
 
     vocabulary_tokens = FAKE_VOCABULARY_TOKENS
     end_tokens = frozenset({_EOS})
-    prefixes_reusable = True
+    cuttable = True
     chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     bos = ""
     eos = ""
@@ -60,8 +60,9 @@ class FakeModel:
             return bytes([token])
         return f" {_WORDS[token - _FIRST_WORD]}".encode() if token >= _FIRST_WORD else b""
 
-    def place(self, places: Sequence[Place]) -> None:
+    def place(self, places: Sequence[Place]) -> list[int]:
         """Nothing is computed, so nothing needs its place."""
+        return []
 
     def run(self, slices: Sequence[Slice]) -> Mapping[str, int]:
         """Every slice that samples, in order."""

@@ -66,6 +66,8 @@ class LlamaModel:
         self._candidates = np.empty(
             self.vocabulary_tokens, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)]
         )
+        self._copy = memoryview(bytearray())
+        self._copy_bytes = 0
         self._pieces: dict[int, bytes] = {}
         self._ends = frozenset(
             t for t in range(self.vocabulary_tokens) if lib.llama_vocab_is_eog(self._vocab, t)
@@ -83,14 +85,10 @@ class LlamaModel:
         return self._ends
 
     @property
-    def prefixes_reusable(self) -> bool:
-        """Whether the cache can be cut at any token: not so with sliding windows or recurrent layers."""
-        model = self._model
-        return not (
-            lib.llama_model_is_recurrent(model)
-            or lib.llama_model_is_hybrid(model)
-            or lib.llama_model_n_swa(model) > 0
-        )
+    def cuttable(self) -> bool:
+        """Whether the cache can be cut at any token: not so with recurrent layers, which keep one state for
+        all that they have read. Sliding windows can be cut, for their layers get a cache of full size."""
+        return not (lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model))
 
     @property
     def chat_template(self) -> str:
@@ -161,14 +159,64 @@ class LlamaModel:
 
     # --- steps ------------------------------------------------------------------------------
 
-    def place(self, places: Sequence[Place]) -> None:
-        """Bring slots to the contents that the scheduler wants, in order."""
+    def place(self, places: Sequence[Place], fetched: memoryview | None = None) -> list[int]:
+        """Bring slots to the contents that the scheduler wants, in order; ``fetched`` is the state that a
+        place may name. Returns the slots that could not be brought there: they are empty now.
+
+        Tokens are copied between slots as states: in proportion to their number, where the library's own copy
+        (``llama_memory_seq_cp``) moves the whole stream, however little is in it.
+        """
+        failed, copied = [], -1
         for place in places:
-            if place.source != place.slot and place.keep_tokens:
+            done = True
+            if place.state:
+                done = fetched is not None and self.load_state(place.slot, fetched)
+            elif place.source != place.slot and place.keep_tokens:
+                if copied != place.source:
+                    self._copy_bytes = self._copy_out(place.source)
+                    copied = place.source
+                done = self.load_state(place.slot, self._copy[: self._copy_bytes])
+            if not done or not self._cut(place.slot, place.keep_tokens):
                 lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
-                lib.llama_memory_seq_cp(self._memory, place.source, place.slot, -1, -1)
-            if not lib.llama_memory_seq_rm(self._memory, place.slot, place.keep_tokens, -1):
-                raise Internal(f"the KV cache could not be cut at {place.keep_tokens} tokens")
+                failed.append(place.slot)
+            if place.slot == copied:
+                copied = -1
+        return failed
+
+    def _cut(self, slot: int, keep_tokens: int) -> bool:
+        """Keep the first tokens of a slot and no others; False where the cache cannot do that."""
+        if keep_tokens == 0:
+            return bool(lib.llama_memory_seq_rm(self._memory, slot, -1, -1))
+        last = int(lib.llama_memory_seq_pos_max(self._memory, slot))
+        if last < keep_tokens - 1:
+            return False
+        return last == keep_tokens - 1 or bool(lib.llama_memory_seq_rm(self._memory, slot, keep_tokens, -1))
+
+    def _copy_out(self, slot: int) -> int:
+        size = self.state_bytes(slot)
+        if len(self._copy) < size:
+            self._copy = memoryview(bytearray(size))
+        self.save_state(slot, self._copy)
+        return size
+
+    # --- states -----------------------------------------------------------------------------
+
+    def state_bytes(self, slot: int) -> int:
+        """Size of the state of all that is computed in ``slot``."""
+        return int(lib.llama_state_seq_get_size(self._context, slot))
+
+    def save_state(self, slot: int, into: memoryview) -> None:
+        """Write the state of ``slot``. Takes 2 ms for 23 MB into memory that was touched before, and 60 ms
+        into fresh memory. Raises Internal where ``into`` is too small."""
+        data = (ctypes.c_uint8 * len(into)).from_buffer(into)
+        if lib.llama_state_seq_get_data(self._context, data, len(into), slot) == 0:
+            raise Internal(f"the state of a sequence does not fit into {len(into)} bytes")
+
+    def load_state(self, slot: int, state: memoryview) -> bool:
+        """Put a state into ``slot``; False where the library refuses it. It looks at little: who hands in a
+        state has verified it."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        return bool(lib.llama_state_seq_set_data(self._context, data, len(state), slot))
 
     def run(self, slices: Sequence[Slice]) -> dict[str, int]:
         """Compute one step. Returns the row of the logits of every slice that samples, by id.

@@ -99,7 +99,7 @@ class Model(Protocol):
     @property
     def end_tokens(self) -> frozenset[int]: ...
     @property
-    def prefixes_reusable(self) -> bool: ...
+    def cuttable(self) -> bool: ...
     @property
     def chat_template(self) -> str: ...
     @property
@@ -115,8 +115,8 @@ class Model(Protocol):
         """A token's bytes."""
         ...
 
-    def place(self, places: Sequence[Place]) -> None:
-        """Bring slots to the wanted contents."""
+    def place(self, places: Sequence[Place]) -> list[int]:
+        """Bring slots to the wanted contents; the slots where that failed, which are empty now."""
         ...
 
     def run(self, slices: Sequence[Slice]) -> Mapping[str, int]:
@@ -171,8 +171,7 @@ class EngineLoop:
         grammars: Grammars | None = None,
     ) -> None:
         config = settings.batcher_config()
-        reuse = config.reuse_prefixes and model.prefixes_reusable
-        self.batcher = Batcher(replace(config, reuse_prefixes=reuse))
+        self.batcher = Batcher(replace(config, cuttable=model.cuttable))
         self._settings = settings
         self._model = model
         self._new_seed = new_seed
@@ -371,8 +370,10 @@ class EngineLoop:
     def run(self, plan: StepPlan, clock: Callable[[], float]) -> list[Report]:
         """Compute ``plan``, draw, commit. Raises Internal where the model itself fails."""
         began = clock()
-        self._model.place(plan.places)
-        rows = self._model.run(plan.slices)
+        slices = plan.slices
+        if unplaced := self._model.place(plan.places):
+            slices = self.batcher.restart(unplaced)
+        rows = self._model.run(slices)
         sampled: list[Sampled] = []
         reports: list[Report] = []
         for generation_id, row in rows.items():

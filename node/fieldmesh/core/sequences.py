@@ -1,0 +1,61 @@
+"""One generation in the scheduler: while it waits, and while it runs.
+
+Owns: the two records. Must not: decide anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fieldmesh.core.model import Usage
+from fieldmesh.core.steps import SLICE_TOKENS_MIN, Work
+
+
+@dataclass(slots=True, kw_only=True)
+class Running:
+    """A running generation. ``tokens`` are known, the first ``computed`` of them are in the KV cache."""
+
+    work: Work
+    arrived: float
+    order: int
+    slot: int
+    tokens: list[int]
+    computed: int
+    cached: int
+    paused: bool = False
+    ended: bool = False
+
+    @property
+    def outstanding(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.work.prompt_token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.work.prompt_token_ids),
+            cached_tokens=self.cached,
+            completion_tokens=self.generated,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """``cached`` and ``state`` are set for those that ran before: reused prompt tokens, saved state."""
+
+    work: Work
+    arrived: float
+    order: int
+    tokens: list[int]
+    cached: int | None = None
+    state: str = ""
+
+    @property
+    def keep_max(self) -> int:
+        """How many tokens may be reused: the next token's logits are needed, and none of a prompt's tokens
+        is computed alone."""
+        behind_prompt = len(self.tokens) > len(self.work.prompt_token_ids)
+        return len(self.tokens) - (1 if behind_prompt else SLICE_TOKENS_MIN)

@@ -1,0 +1,68 @@
+"""Goal: saved states and slots never claim the host's one buffer at once. Method: examples against the record
+keeper alone; tests/core/test_batching.py drives it with random work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fieldmesh.core.residency import NOWHERE, Residency, Source, state_name
+from fieldmesh.core.steps import BatcherConfig
+
+A, B, C = tuple(range(100)), tuple(range(500, 600)), tuple(range(900, 1000))
+NAME = state_name("", A)
+
+
+@pytest.fixture
+def cache() -> Iterator[Residency]:
+    """Two slots; state A is saved, slot 1 holds what is left of B."""
+    config = BatcherConfig(
+        slots=2, context_tokens=256, cells_total=512, stored_cells=1000, store_tokens_min=50
+    )
+    made = Residency(config)
+    assert made.adopt("", A)
+    made.place(1, "", B, NOWHERE, 120)
+    made.retire(1, "", B)
+    yield made
+    made.check()
+
+
+def test_nothing_is_saved_in_the_step_that_places_a_fetched_state(cache: Residency) -> None:
+    assert not cache.fetch(NAME)
+    assert cache.take_orders() == ((), None, NAME)
+    cache.fetched(NAME, ok=True)
+    source = cache.best("", (*A, 1, 2, 3), 101)
+    assert source == Source(100, name=NAME)
+    assert cache.fetch(NAME)
+    assert cache.place(0, "", (*A, 1, 2, 3), source, 120).state == NAME
+    cache.place(1, "", C, NOWHERE, 120)  # overwrites B, which would be worth saving
+    assert cache.take_orders() == ((), None, "")
+
+
+def test_what_is_overwritten_is_saved_first_where_the_buffer_is_free(cache: Residency) -> None:
+    cache.place(1, "", C, NOWHERE, 120)
+    save = cache.take_orders()[1]
+    assert save is not None
+    assert (save.slot, save.token_ids) == (1, B)
+    assert not cache.claim()
+    cache.saved(save.name, ok=True)
+    assert cache.claim()
+
+
+def test_a_state_that_was_fetched_for_nobody_gives_way(cache: Residency) -> None:
+    cache.fetch(NAME)
+    cache.fetched(NAME, ok=True)
+    assert cache.claim()
+    assert not cache.fetch(NAME)
+    cache.unclaim()
+    assert not cache.fetch(NAME)
+    assert cache.take_orders()[2] == NAME
+
+
+def test_states_of_another_adapter_are_not_offered(cache: Residency) -> None:
+    assert cache.best("medical", (*A, 1, 2), 100) == NOWHERE
+
+
+def test_a_state_too_large_for_the_budget_is_not_taken(cache: Residency) -> None:
+    assert not cache.adopt("", tuple(range(1001)))

@@ -1,0 +1,140 @@
+"""Goal: what the scheduler decides about the cache is right in the real one: shared prefixes are computed
+once, answers do not change.
+
+Method: the engine's loop over tiny random models in this process, stepped by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from fieldmesh.core.model import Priority, Prompt, Sampling, Usage
+from fieldmesh.engine.frames import Done, Report, Submit, Tokens
+from fieldmesh.engine.llama import LlamaModel
+from fieldmesh.engine.loop import EngineLoop
+from fieldmesh.engine.port import Job
+from fieldmesh.engine.settings import EngineSettings
+from tests.engine.tiny_model import write_tiny_model
+
+GREEDY = Sampling(temperature=0.0, max_tokens=12, ignore_eos=True)
+SEEDED = replace(GREEDY, temperature=1.5, seed=11)
+
+
+def tokens_from(first: int, count: int) -> tuple[int, ...]:
+    return tuple(3 + (first + 7 * i) % 290 for i in range(count))
+
+
+@dataclass
+class Bench:
+    """The loop, its answers, and how many tokens it had the model compute."""
+
+    model: LlamaModel
+    loop: EngineLoop
+    computed: int = 0
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    usages: dict[int, Usage] = field(default_factory=dict)
+    keys: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    clock: Iterator[int] = field(default_factory=itertools.count)
+
+    def ask(self, prompt: tuple[int, ...], sampling: Sampling = GREEDY, **more: object) -> int:
+        key = next(self.keys)
+        job = Job(generation_id=str(key), prompt=Prompt(token_ids=prompt), sampling=sampling, **more)  # type: ignore[arg-type]
+        self.answers[key] = []
+        self.take(self.loop.handle(Submit(key, job, None), next(self.clock)))
+        return key
+
+    def step(self) -> bool:
+        plan, reports = self.loop.plan(next(self.clock))
+        self.take(reports)
+        if plan.slices:
+            self.computed += plan.tokens
+            self.take(self.loop.run(plan, lambda: next(self.clock)))
+        return bool(plan.slices)
+
+    def run(self) -> None:
+        while self.step():
+            pass
+
+    def take(self, reports: list[Report]) -> None:
+        for report in reports:
+            if isinstance(report, Tokens):
+                self.answers[report.key].extend(report.token_ids)
+            elif isinstance(report, Done):
+                self.usages[report.key] = report.completion.usage
+
+    def answer(self, prompt: tuple[int, ...], sampling: Sampling = GREEDY) -> list[int]:
+        key = self.ask(prompt, sampling)
+        self.run()
+        return self.answers[key]
+
+
+def make_bench(path: Path, **more: object) -> Bench:
+    settings = EngineSettings(model_path=str(path), context_tokens=1024, slots=4, ageing_s=1000.0)
+    settings = replace(settings, **more)  # type: ignore[arg-type]
+    model = LlamaModel(settings, lambda _: None)
+    return Bench(model, EngineLoop(settings, model, lambda: 1))
+
+
+@pytest.fixture(scope="module")
+def quiet(tiny_model: Path) -> Iterator[Bench]:
+    """What an answer is without neighbours, prefixes or states."""
+    made = make_bench(tiny_model, slots=1, reuse_prefixes=False)
+    yield made
+    made.model.close()
+
+
+def test_sixteen_who_arrive_together_compute_their_shared_600_tokens_once(
+    tiny_model: Path, quiet: Bench
+) -> None:
+    bench = make_bench(tiny_model, slots=16)
+    shared = tokens_from(0, 600)
+    prompts = [(*shared, *tokens_from(1000 + i, 20)) for i in range(16)]
+    keys = [bench.ask(prompt) for prompt in prompts]
+    bench.run()
+    assert sum(bench.usages[k].prompt_tokens - bench.usages[k].cached_tokens for k in keys) == 600 + 16 * 20
+    assert bench.computed == 600 + 16 * 20 + 16 * (GREEDY.max_tokens - 1)
+    assert [bench.answers[k] for k in keys] == [quiet.answer(p) for p in prompts]
+    bench.model.close()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_preempted_stream_draws_what_it_would_have_drawn(
+    tiny_model: Path, quiet: Bench, sampling: Sampling
+) -> None:
+    long = replace(sampling, max_tokens=60)
+    bench = make_bench(tiny_model, slots=1)
+    batch = bench.ask(tokens_from(0, 100), long, priority=Priority.BATCH)
+    while len(bench.answers[batch]) < 20:
+        bench.step()
+    interactive = bench.ask(tokens_from(50, 100), sampling, priority=Priority.INTERACTIVE)
+    bench.run()
+    assert list(bench.usages) == [interactive, batch]
+    assert bench.answers[batch] == quiet.answer(tokens_from(0, 100), long)
+    assert bench.answers[interactive] == quiet.answer(tokens_from(50, 100), sampling)
+    bench.model.close()
+
+
+@pytest.mark.parametrize("kind", ["window", "recurrent"])
+def test_other_architectures_reuse_what_their_cache_allows(tmp_path: Path, kind: str) -> None:
+    """Sliding windows: any prefix. Recurrent layers: a conversation goes on, another question begins anew."""
+    path = write_tiny_model(
+        tmp_path / "tiny.gguf", window=16 if kind == "window" else 0, recurrent=kind == "recurrent"
+    )
+    bench, alone = make_bench(path), make_bench(path, reuse_prefixes=False)
+    first = tokens_from(0, 100)
+    said = bench.answer(first)
+    assert said == alone.answer(first)
+    cached = []
+    for prompt in [(*first, *said, *tokens_from(77, 30)), (*first[:80], *tokens_from(500, 30))]:
+        key = bench.ask(prompt)
+        bench.run()
+        assert bench.answers[key] == alone.answer(prompt)
+        cached.append(bench.usages[key].cached_tokens)
+    assert cached == ([111, 80] if kind == "window" else [111, 0])
+    bench.model.close()
+    alone.model.close()
