@@ -190,3 +190,12 @@ def test_a_backup_is_written_whole_or_not_at_all(cli: Commands, tmp_path: Path) 
 def test_a_node_that_is_not_there_is_said_so(cli: Commands) -> None:
     assert cli("config", "get", "--node", "127.0.0.1:1") == 3
     assert "cannot be reached" in cli.err
+
+
+@pytest.mark.usefixtures("agreed")
+def test_the_status_of_the_mesh_says_who_leads_and_which_revision_counts(cli: Commands) -> None:
+    assert cli("config", "set", "app/x", "1") == 0
+    assert cli("status") == 0
+    assert "configuration: leader alpha, term 2, 1 voter, revision 1; this node is leader" in cli.out
+    found = document(cli, "status")["configuration"]
+    assert (found["term"], found["revision"], found["lag_entries"]) == (2, 1, 0)

@@ -16,8 +16,10 @@ from fieldmesh.core.raft_model import RaftConfig
 from fieldmesh.runtime.admin import ADMIN, Admin
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.council_model import CouncilConfig
-from fieldmesh.runtime.door import handlers
+from fieldmesh.runtime.door import Context, guarded, handlers
+from fieldmesh.runtime.inference import MESH
 from fieldmesh.runtime.raft_store import RaftStore
+from fieldmesh.v1 import mesh_pb2
 
 ME = NodeId("a" * 32)
 OTHER = NodeId("b" * 32)
@@ -58,6 +60,21 @@ class Shelf(dict[str, bytes]):
         self[key] = value
 
 
+class Nodes:
+    """``MeshService`` as far as `status` asks it."""
+
+    def __init__(self, view: MeshView) -> None:
+        self._view = view
+
+    @guarded
+    async def ListNodes(self, request: object, context: Context) -> mesh_pb2.ListNodesResponse:
+        nodes = [
+            mesh_pb2.NodeInfo(id=m.id, name=m.name, state=mesh_pb2.NODE_STATE_ALIVE)
+            for m in self._view.members
+        ]
+        return mesh_pb2.ListNodesResponse(local_id=self._view.local, mesh="m", nodes=nodes)
+
+
 class AgreedNode:
     """One node; ``address`` is where it listens."""
 
@@ -81,7 +98,7 @@ class AgreedNode:
         self._stack.push_async_callback(self.council.close)
         admin = Admin(self.council, name="alpha", view=self.view, advice=lambda: "one voter is right")
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-        server.add_generic_rpc_handlers((handlers(ADMIN, admin),))
+        server.add_generic_rpc_handlers((handlers(ADMIN, admin), handlers(MESH, Nodes(self.view()))))
         self.address = Address(
             host="127.0.0.1", port=server.add_insecure_port(f"127.0.0.1:{self.address.port}")
         )

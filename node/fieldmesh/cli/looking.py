@@ -11,6 +11,7 @@ import typer
 
 from fieldmesh.cli import terminal
 from fieldmesh.cli.asking import DEFAULT_NODE, Json, Node, connect
+from fieldmesh.cli.voters import status_json, summary
 from fieldmesh.core.errors import FieldmeshError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from fieldmesh.client import Client, Mesh
     from fieldmesh.client import Node as MeshNode
+    from fieldmesh.v1 import admin_pb2 as pb
 
 WATCH_INTERVAL_S: Final = 1.0
 COLUMN_GAP: Final = 3
@@ -31,40 +33,60 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the nodes of the mesh, what they offer and how busy they are."""
+    """Show the nodes of the mesh, what they offer, how busy they are, and who leads the configuration."""
     with connect(node) as client:
         if watch and as_json:
             while True:
-                sys.stdout.write(json.dumps(mesh_json(client.nodes()), ensure_ascii=False) + "\n")
+                document = mesh_json(client.nodes(), agreed(client))
+                sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
                 sys.stdout.flush()
                 time.sleep(WATCH_INTERVAL_S)
         elif watch:
             _watch(client)
         elif as_json:
-            terminal.write_json(mesh_json(client.nodes()))
+            terminal.write_json(mesh_json(client.nodes(), agreed(client)))
         else:
             console = terminal.console()
-            console.print(mesh_table(client.nodes(), console.width))
+            console.print(mesh_table(client.nodes(), console.width, agreed(client)))
+
+
+def agreed(client: Client) -> pb.GetRaftStatusResponse | None:
+    """What the asked node knows of the configuration's log; None where it does not say."""
+    from fieldmesh.client.admin import Admin
+
+    try:
+        return Admin(client).status()
+    except FieldmeshError:
+        return None
 
 
 def _watch(client: Client) -> None:
     from rich.live import Live
 
     console = terminal.console()
-    with Live(mesh_table(client.nodes(), console.width), console=console, screen=sys.stdout.isatty()) as live:
+
+    def table() -> Group:
+        return mesh_table(client.nodes(), console.width, agreed(client))
+
+    with Live(table(), console=console, screen=sys.stdout.isatty()) as live:
         while True:
             time.sleep(WATCH_INTERVAL_S)
             try:
-                live.update(mesh_table(client.nodes(), console.width))
+                live.update(table())
             except FieldmeshError as error:
                 from rich.text import Text
 
                 live.update(Text(terminal.printable(error.message)))
 
 
-def mesh_json(mesh: Mesh) -> dict[str, Any]:
+def mesh_json(mesh: Mesh, log: pb.GetRaftStatusResponse | None = None) -> dict[str, Any]:
     """The mesh as `--json` prints it."""
-    return {"mesh": mesh.name, "local_id": mesh.local_id, "nodes": [_node_json(node) for node in mesh.nodes]}
+    return {
+        "mesh": mesh.name,
+        "local_id": mesh.local_id,
+        "nodes": [_node_json(node) for node in mesh.nodes],
+        "configuration": status_json(log) if log is not None else None,
+    }
 
 
 def _node_json(node: MeshNode) -> dict[str, Any]:
@@ -93,7 +115,7 @@ def _union(node: MeshNode, field: str) -> list[str]:
     return list(dict.fromkeys(name for offer in node.offers for name in getattr(offer, field)))
 
 
-def mesh_table(mesh: Mesh, width: int) -> Group:
+def mesh_table(mesh: Mesh, width: int, log: pb.GetRaftStatusResponse | None = None) -> Group:
     """The mesh as people read it, in ``width`` columns where that is possible; the node that was asked is
     marked."""
     from rich.console import Group
@@ -105,10 +127,10 @@ def mesh_table(mesh: Mesh, width: int) -> Group:
     for row in fitted:
         terminal.add_row(shown, *row.values())
     alive = sum(node.state.value == "alive" for node in mesh.nodes)
-    head = Text(
-        terminal.printable(f"mesh {mesh.name}: {alive} of {len(mesh.nodes)} nodes alive (* was asked)")
-    )
-    return Group(head, shown)
+    head = f"mesh {mesh.name}: {alive} of {len(mesh.nodes)} nodes alive (* was asked)"
+    if log is not None:
+        head += f"\nconfiguration: {summary(log)}"
+    return Group(Text(terminal.printable(head)), shown)
 
 
 def _row(node: MeshNode, *, asked: bool) -> dict[str, str]:

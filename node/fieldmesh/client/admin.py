@@ -236,6 +236,12 @@ class Admin:
         """Take a voter or learner out; its id."""
         return str(self._call("RemoveVoter", pb.RemoveVoterRequest(node=node)).node_id)
 
+    def recover(self, *, confirm: bool = False) -> pb.RecoverLogResponse:
+        """Let the asked node go on alone, or only tell what that would cost. Raises ChangeRefused while
+        another voter of the log is there."""
+        answer: pb.RecoverLogResponse = self._call("RecoverLog", pb.RecoverLogRequest(confirm=confirm))
+        return answer
+
     def backup(self) -> Iterator[bytes]:
         """A consistent copy of the log of the node that is asked, in pieces."""
         client = self._client

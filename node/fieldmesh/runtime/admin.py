@@ -27,11 +27,15 @@ from fieldmesh.core.model import MeshView, NodeId, NodeState, SeatKind
 from fieldmesh.core.raft_model import Refusal, Role
 from fieldmesh.core.settings import Change, Code, Command, Kind, Outcome, Record, State
 from fieldmesh.rpc import admin as wire
+from fieldmesh.runtime import log
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.council_model import Changed, CouncilStatus, Reading, Whole
 from fieldmesh.runtime.door import Context, guarded, guarded_stream
+from fieldmesh.runtime.recovery import assess
 from fieldmesh.v1 import admin_pb2 as pb
 from fieldmesh.v1 import admin_pb2_grpc
+
+logger = log.get()
 
 ADMIN = pb.DESCRIPTOR.services_by_name["AdminService"]
 TIMEOUT_S_MAX = 30.0
@@ -267,6 +271,21 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         node = self._resolve(request.node)
         await self._council.remove(node, _timeout_s(context))
         return pb.RemoveVoterResponse(node_id=node)
+
+    @guarded
+    async def RecoverLog(self, request: pb.RecoverLogRequest, context: Context) -> pb.RecoverLogResponse:
+        loss = assess(self._council, self._view())
+        if request.confirm:
+            logger.warning("log_recovered", epoch=loss.epoch, given_up=list(loss.given_up))
+            await self._council.host.go_on_alone()
+        return pb.RecoverLogResponse(
+            done=request.confirm,
+            epoch=loss.epoch,
+            given_up=loss.given_up,
+            revision=loss.revision,
+            stale_s=loss.stale_s,
+            unconfirmed_keys=loss.unconfirmed_keys,
+        )
 
     @guarded_stream
     async def BackupLog(

@@ -523,13 +523,12 @@ class Council:
 
     def _changed(self) -> None:
         """Something about the log is new: wake everybody who waits for that."""
-        held = self.held
+        now, held, member = self._loop.time(), self.held, self.member
+        leader = held.view.leader if held is not None else None
+        if leader is not None or self._leader is not None or (held is not None and self._last is None):
+            self._led_at = now  # a log that has just become known may take as long to get its leader
         if held is not None:
             self._last = replace(held, view=replace(held.view, leader=None))
-        now, member = self._loop.time(), self.member
-        leader = held.view.leader if held is not None else None
-        if leader is not None or self._leader is not None:
-            self._led_at = now
         self._leader = leader
         own_leader = member.view.leader if member is not None else None
         if own_leader is not None or self._own_leader is not None:

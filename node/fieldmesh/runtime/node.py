@@ -27,7 +27,7 @@ from fieldmesh import __version__, profiles
 from fieldmesh.client.discovery import Announcement
 from fieldmesh.config import LimitsSlice, NodeConfig
 from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
-from fieldmesh.core.effective import Rules
+from fieldmesh.core.effective import Rules, effective
 from fieldmesh.core.errors import AddressInUse, FieldmeshError
 from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
@@ -43,6 +43,7 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
+from fieldmesh.core.settings import State
 from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fit import demand_fit
 from fieldmesh.engine.front import EngineFront
@@ -53,11 +54,12 @@ from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.runtime import addresses, inference, log, scrapes
+from fieldmesh.runtime import addresses, admin, inference, log, scrapes
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.discovery import Multicast, Seeds, repeat_hints
 from fieldmesh.runtime.door import handlers, no_calls
 from fieldmesh.runtime.driver import Driver
+from fieldmesh.runtime.electorate import Electorate
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import GenerationConfig
 from fieldmesh.runtime.health import Health
@@ -151,6 +153,7 @@ class Node:
         self._service = self._make_service()
         self._raft_links = RaftLinks(lambda: self._driver.view, self._driver.links.log)
         self.council = self._make_council(folder)
+        self._electorate = Electorate(self.council, lambda: self._driver.view)
         self._health = Health((self.profile.name,))
         client_server = self._client_server()
         peer_server = self._peer_server(links_config)
@@ -165,6 +168,7 @@ class Node:
         stack.push_async_callback(self._raft_links.close)
         stack.push_async_callback(self.council.close)
         await self.council.start(found=config.consensus.found)
+        self.council.observe(self._obey)
         await client_server.start()
         stack.push_async_callback(client_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._service.close)
@@ -268,16 +272,24 @@ class Node:
             )
         )
         mesh = inference.Mesh(self._service, self.config.node.mesh)
+        operators = admin.Admin(
+            self.council,
+            name=self.config.node.name,
+            view=lambda: self._driver.view,
+            advice=lambda: self._electorate.advice,
+        )
         server.add_generic_rpc_handlers(
             (
                 handlers(inference.INFERENCE, inference.Inference(self._service, self._limits), self._calls),
                 handlers(inference.MESH, mesh, self._calls),
+                handlers(admin.ADMIN, operators, self._calls),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (
             inference.INFERENCE.full_name,
             inference.MESH.full_name,
+            admin.ADMIN.full_name,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         )
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
@@ -320,11 +332,20 @@ class Node:
                 group.create_task(self._follow_load(), name="load"),
                 group.create_task(self._follow_view(), name="view"),
                 group.create_task(self._follow_log(), name="seat"),
+                group.create_task(self._electorate.run(), name="voters"),
                 group.create_task(self._discover(), name="discovery"),
             ]
             yield
             for task in tasks:
                 task.cancel()
+
+    def _obey(self, state: State) -> None:
+        """Go by what the mesh agrees on now, and by this node's own options where it says nothing."""
+        rules = effective(own_rules(self.config), state)
+        if rules != self._rules:
+            self._rules = rules
+            self._service.obey(rules)
+            logger.info("rules_changed", revision=state.revision, policy=rules.policy.value)
 
     def _offer_as_before(self, folder: StateFolder) -> None:
         """Offer the profile while its model still loads, where the file is the one of the last time: the

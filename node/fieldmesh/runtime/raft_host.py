@@ -33,6 +33,7 @@ from fieldmesh.core.consensus import (
 from fieldmesh.core.errors import ConsensusStopped, FieldmeshError, UpgradeNeeded
 from fieldmesh.core.events import Note, Received, Tick
 from fieldmesh.core.model import NodeId
+from fieldmesh.core.raft_members import recovered
 from fieldmesh.core.raft_model import (
     Apply,
     Change,
@@ -153,6 +154,21 @@ class RaftHost:
             await self._in_thread(self._store.found, stored)
         finally:
             self._begin(await self._in_thread(self._store.load))
+
+    async def go_on_alone(self) -> None:
+        """Begin a new epoch of this node's log with itself as the only voter: what others alone held is lost.
+        Raises StateFolderInvalid, StateUnwritable."""
+        self._end("a new epoch begins")
+        await self._written()
+        try:
+            stored = await self._in_thread(self._store.load)
+            await self._in_thread(self._store.found, recovered(stored, self.me))
+        finally:
+            self._begin(await self._in_thread(self._store.load))
+
+    def stop(self, why: str) -> None:
+        """End this life, and begin no other before this node is started again."""
+        self._fail(why, reboot=False)
 
     async def backup(self) -> Path:
         """Write a consistent copy of the store beside it; the caller reads and removes it, one at a time.

@@ -967,6 +967,76 @@ class RemoveVoterResponse(_message.Message):
 Global___RemoveVoterResponse: _TypeAlias = RemoveVoterResponse  # noqa: Y015
 
 @_typing.final
+class RecoverLogRequest(_message.Message):
+    """RecoverLogRequest asks to go on alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIRM_FIELD_NUMBER: _builtins.int
+    confirm: _builtins.bool
+    """Do it; else only tell what may be lost."""
+    def __init__(
+        self,
+        *,
+        confirm: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoverLogRequest: _TypeAlias = RecoverLogRequest  # noqa: Y015
+
+@_typing.final
+class RecoverLogResponse(_message.Message):
+    """RecoverLogResponse tells what was done or would be, and what may be lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    STALE_S_FIELD_NUMBER: _builtins.int
+    UNCONFIRMED_KEYS_FIELD_NUMBER: _builtins.int
+    done: _builtins.bool
+    """Whether it was done."""
+    epoch: _builtins.int
+    """Number of the new epoch."""
+    revision: _builtins.int
+    """Revision that the asked node goes on from, before the unconfirmed writes."""
+    stale_s: _builtins.float
+    """Seconds since this node was last known to have everything; left out where it has heard of no leader."""
+    @_builtins.property
+    def given_up(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the voters that are given up."""
+
+    @_builtins.property
+    def unconfirmed_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys of writes that this node holds and that may never have been confirmed; they count from now on."""
+
+    def __init__(
+        self,
+        *,
+        done: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
+        given_up: _abc.Iterable[_builtins.str] | None = ...,
+        revision: _builtins.int = ...,
+        stale_s: _builtins.float | None = ...,
+        unconfirmed_keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stale_s", b"_stale_s", "stale_s", b"stale_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stale_s", b"_stale_s", "done", b"done", "epoch", b"epoch", "given_up", b"given_up", "revision", b"revision", "stale_s", b"stale_s", "unconfirmed_keys", b"unconfirmed_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__stale_s: _TypeAlias = _typing.Literal["stale_s"]  # noqa: Y015
+    _WhichOneofArgType__stale_s: _TypeAlias = _typing.Literal["_stale_s", b"_stale_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stale_s) -> _WhichOneofReturnType__stale_s | None: ...
+
+Global___RecoverLogResponse: _TypeAlias = RecoverLogResponse  # noqa: Y015
+
+@_typing.final
 class BackupLogRequest(_message.Message):
     """BackupLogRequest asks for a copy."""
 

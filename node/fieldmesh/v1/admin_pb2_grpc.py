@@ -90,6 +90,11 @@ class AdminServiceStub:
                 request_serializer=fieldmesh_dot_v1_dot_admin__pb2.RemoveVoterRequest.SerializeToString,
                 response_deserializer=fieldmesh_dot_v1_dot_admin__pb2.RemoveVoterResponse.FromString,
                 _registered_method=True)
+        self.RecoverLog = channel.unary_unary(
+                '/fieldmesh.v1.AdminService/RecoverLog',
+                request_serializer=fieldmesh_dot_v1_dot_admin__pb2.RecoverLogRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_admin__pb2.RecoverLogResponse.FromString,
+                _registered_method=True)
         self.BackupLog = channel.unary_stream(
                 '/fieldmesh.v1.AdminService/BackupLog',
                 request_serializer=fieldmesh_dot_v1_dot_admin__pb2.BackupLogRequest.SerializeToString,
@@ -178,6 +183,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecoverLog(self, request, context):
+        """RecoverLog lets the asked node go on alone after most voters were lost for good: a new epoch with one voter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BackupLog(self, request, context):
         """BackupLog sends a consistent copy of the asked node's log.
         """
@@ -242,6 +254,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RemoveVoter,
                     request_deserializer=fieldmesh_dot_v1_dot_admin__pb2.RemoveVoterRequest.FromString,
                     response_serializer=fieldmesh_dot_v1_dot_admin__pb2.RemoveVoterResponse.SerializeToString,
+            ),
+            'RecoverLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecoverLog,
+                    request_deserializer=fieldmesh_dot_v1_dot_admin__pb2.RecoverLogRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_admin__pb2.RecoverLogResponse.SerializeToString,
             ),
             'BackupLog': grpc.unary_stream_rpc_method_handler(
                     servicer.BackupLog,
@@ -547,6 +564,33 @@ class AdminService:
             '/fieldmesh.v1.AdminService/RemoveVoter',
             fieldmesh_dot_v1_dot_admin__pb2.RemoveVoterRequest.SerializeToString,
             fieldmesh_dot_v1_dot_admin__pb2.RemoveVoterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecoverLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fieldmesh.v1.AdminService/RecoverLog',
+            fieldmesh_dot_v1_dot_admin__pb2.RecoverLogRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_admin__pb2.RecoverLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

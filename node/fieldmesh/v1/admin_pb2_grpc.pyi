@@ -55,6 +55,8 @@ class AdminServiceStub:
     """AddVoter makes a node a learner and, once it has caught up, a voter."""
     RemoveVoter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemoveVoterRequest, _admin_pb2.RemoveVoterResponse]
     """RemoveVoter takes a voter or learner out."""
+    RecoverLog: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RecoverLogRequest, _admin_pb2.RecoverLogResponse]
+    """RecoverLog lets the asked node go on alone after most voters were lost for good: a new epoch with one voter."""
     BackupLog: _grpc.UnaryStreamMultiCallable[_admin_pb2.BackupLogRequest, _admin_pb2.BackupLogResponse]
     """BackupLog sends a consistent copy of the asked node's log."""
 
@@ -85,6 +87,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """AddVoter makes a node a learner and, once it has caught up, a voter."""
     RemoveVoter: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemoveVoterRequest, _admin_pb2.RemoveVoterResponse]  # type: ignore[assignment]
     """RemoveVoter takes a voter or learner out."""
+    RecoverLog: _aio.UnaryUnaryMultiCallable[_admin_pb2.RecoverLogRequest, _admin_pb2.RecoverLogResponse]  # type: ignore[assignment]
+    """RecoverLog lets the asked node go on alone after most voters were lost for good: a new epoch with one voter."""
     BackupLog: _aio.UnaryStreamMultiCallable[_admin_pb2.BackupLogRequest, _admin_pb2.BackupLogResponse]  # type: ignore[assignment]
     """BackupLog sends a consistent copy of the asked node's log."""
 
@@ -178,6 +182,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RemoveVoterResponse, _abc.Awaitable[_admin_pb2.RemoveVoterResponse]]:
         """RemoveVoter takes a voter or learner out."""
+
+    @_abc_1.abstractmethod
+    def RecoverLog(
+        self,
+        request: _admin_pb2.RecoverLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RecoverLogResponse, _abc.Awaitable[_admin_pb2.RecoverLogResponse]]:
+        """RecoverLog lets the asked node go on alone after most voters were lost for good: a new epoch with one voter."""
 
     @_abc_1.abstractmethod
     def BackupLog(
