@@ -145,6 +145,14 @@ def test_a_schema_that_cannot_be_sent_is_refused_by_the_options_name(
     assert not node.requests
 
 
+def test_several_answers_and_their_likelihoods_are_asked_for(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("ask", "--node", str(node.address), "--n", "3", "--logprobs", "2", "hello") == 0
+    params = node.requests[0].sampling_params
+    assert (params.n, params.logprobs) == (3, 2)
+    assert cli.out == "alpha\n"
+    assert "answer 1 of 1" in cli.err
+
+
 def test_a_dash_reads_the_question_from_stdin(
     cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

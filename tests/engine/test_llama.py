@@ -12,6 +12,7 @@ import pytest
 
 from fieldmesh.core.model import Sampling
 from fieldmesh.core.steps import Place, Slice
+from fieldmesh.engine.likelihood import logprobs
 from fieldmesh.engine.llama import LlamaModel, draw_seed
 from fieldmesh.engine.settings import EngineSettings
 from tests.engine.tiny_model import write_tiny_model
@@ -281,6 +282,46 @@ def test_the_end_is_never_drawn_where_it_is_ignored_nor_too_early(model: LlamaMo
         sampler = model.sampler(sampling, 1, (), PROMPT)
         assert (sampler.draw(row, index).token_id == 2) is may_end
         sampler.close()
+
+
+def test_a_bias_makes_a_token_certain_or_impossible(model: LlamaModel, whole: np.ndarray) -> None:
+    likeliest = int(whole.argmax())
+    other = int(whole.argmin())
+    assert draws(model, Sampling(temperature=0, logit_bias=((other, 100.0),)), 2) == [other] * 2
+    assert likeliest not in draws(model, replace(WARM, logit_bias=((likeliest, -100.0),)), 50)
+
+
+def test_logprobs_are_the_models_own_whatever_is_done_to_the_draw(
+    model: LlamaModel, whole: np.ndarray
+) -> None:
+    expected = whole.astype(np.float64) - whole.max()
+    expected -= np.log(np.exp(expected).sum())
+    order = np.argsort(-whole, kind="stable")
+    other = int(order[7])
+    for sampling in (
+        Sampling(temperature=0, logprobs=5),
+        replace(WARM, logprobs=5, repetition_penalty=2.0),
+        Sampling(temperature=0, logprobs=5, logit_bias=((other, 100.0),), ignore_eos=True),
+    ):
+        row = model.run([piece("a", 0, 0, PROMPT)])["a"]
+        sampler = model.sampler(sampling, 1, (), PROMPT)
+        drawn = sampler.draw(row, 0)
+        assert drawn.logprobs is not None
+        assert drawn.logprobs.drawn.token_id == drawn.token_id
+        assert drawn.logprobs.drawn.piece == model.piece(drawn.token_id)
+        assert drawn.logprobs.drawn.logprob == pytest.approx(expected[drawn.token_id], abs=1e-4)
+        assert [entry.token_id for entry in drawn.logprobs.top] == order[:5].tolist()
+        assert [entry.logprob for entry in drawn.logprobs.top] == pytest.approx(expected[order[:5]], abs=1e-4)
+        sampler.close()
+        model.place([Place(slot=0, source=0, keep_tokens=0)])
+
+
+def test_logprobs_of_equals_come_in_the_order_of_their_ids() -> None:
+    logits = np.zeros(50, dtype=np.float32)
+    logits[40] = 1.0
+    found = logprobs(logits, 3, 4, lambda _: b"")
+    assert [entry.token_id for entry in found.top] == [40, 0, 1, 2]
+    assert logprobs(logits, 3, 0, lambda _: b"").top == ()
 
 
 def test_seeds_are_well_mixed() -> None:

@@ -73,6 +73,21 @@ async def test_side_by_side_it_answers_the_same(engine: Engine, expected: list[s
     assert [a.text for a in answers] == expected
 
 
+async def test_logprobs_are_those_that_llama_gives(path: Path, engine: Engine) -> None:
+    judge = Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
+    reply = judge.create_completion(
+        "Once upon a time", max_tokens=6, temperature=0, repeat_penalty=1.0, logprobs=5
+    )
+    judge.close()
+    expected = reply["choices"][0]["logprobs"]
+    answer = await ask(engine, job("p", "Once upon a time", replace(GREEDY, max_tokens=6, logprobs=5)))
+    found = [entry for chunk in answer.chunks for entry in chunk.logprobs]
+    assert len(found) == len(answer.token_ids) == 6
+    assert [entry.drawn.logprob for entry in found] == pytest.approx(expected["token_logprobs"], abs=0.02)
+    for entry, others in zip(found, expected["top_logprobs"], strict=True):
+        assert {other.piece.decode() for other in entry.top} == set(list(others)[:5])
+
+
 async def test_a_plain_text_prompt_has_the_tokens_that_llama_gives_it(engine: Engine, llama: Llama) -> None:
     text = "Once upon a time, 🙂 in 中文 and é"
     assert list(await engine.tokenize(Prompt(text=text))) == llama.tokenize(text.encode(), special=True)

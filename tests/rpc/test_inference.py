@@ -14,6 +14,7 @@ from fieldmesh.core.model import (
     Ask,
     Attempt,
     CandidateNote,
+    Choice,
     Chunk,
     Completion,
     Constraint,
@@ -22,6 +23,7 @@ from fieldmesh.core.model import (
     Explanation,
     FinishReason,
     Load,
+    Logprobs,
     Message,
     NodeId,
     Priority,
@@ -30,6 +32,7 @@ from fieldmesh.core.model import (
     Result,
     SamplingOverrides,
     Target,
+    TokenLogprob,
     Usage,
 )
 from fieldmesh.rpc import inference as wire
@@ -51,6 +54,12 @@ overrides = st.builds(
     constraint=st.none()
     | st.just(Constraint(kind=ConstraintKind.JSON_OBJECT))
     | st.builds(Constraint, kind=st.sampled_from(list(ConstraintKind)[:3]), source=texts),
+    logprobs=st.none() | st.integers(0, 20),
+    n=st.none() | st.integers(1, 16),
+    logit_bias=st.none()
+    | st.dictionaries(st.integers(0, 1000), st.floats(-100, 100, width=32), min_size=1, max_size=5).map(
+        lambda bias: tuple(sorted(bias.items()))
+    ),
 )
 asks = st.builds(
     Ask,
@@ -110,6 +119,9 @@ def params(**fields: object) -> pb.SamplingParams:
     return pb.SamplingParams(**fields)  # type: ignore[arg-type]
 
 
+MANY_BIASES = dict.fromkeys(range(301), 1.0)
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -133,6 +145,16 @@ def params(**fields: object) -> pb.SamplingParams:
         (generate(sampling_params=params(stop=["x" * 257])), "sampling_params.stop[0]"),
         (generate(sampling_params=params(stop_token_ids=[-1])), "sampling_params.stop_token_ids"),
         (generate(sampling_params=params(regex="")), "sampling_params.regex"),
+        (generate(sampling_params=params(logprobs=21)), "sampling_params.logprobs"),
+        (generate(sampling_params=params(n=0)), "sampling_params.n"),
+        (generate(sampling_params=params(n=17)), "sampling_params.n"),
+        (generate(sampling_params=params(logit_bias={1: 101.0})), "sampling_params.logit_bias"),
+        (generate(sampling_params=params(logit_bias={1: math.nan})), "sampling_params.logit_bias"),
+        (generate(sampling_params=params(logit_bias={-1: 1.0})), "sampling_params.logit_bias"),
+        (
+            generate(sampling_params=params(logit_bias=MANY_BIASES)),
+            "sampling_params.logit_bias",
+        ),
         (generate(sampling_params=params(json_schema=" " * 65_537)), "sampling_params.json_schema"),
     ],
 )
@@ -193,6 +215,12 @@ def test_a_result_survives_the_wire() -> None:
             usage=Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=1),
             matched_stop="END",
             seed=7,
+            choices=(
+                Choice(index=0, finish_reason=FinishReason.LENGTH, completion_tokens=1, seed=7),
+                Choice(
+                    index=1, finish_reason=FinishReason.STOP, completion_tokens=4, matched_stop="x", seed=8
+                ),
+            ),
         ),
         profile="p",
         model="m",
@@ -229,8 +257,18 @@ def test_a_result_survives_the_wire() -> None:
     assert wire.result_from_proto(sent) == result
 
 
+likelihoods = st.builds(
+    TokenLogprob,
+    token_id=st.integers(0, 2**31 - 1),
+    piece=st.binary(max_size=4),
+    logprob=st.floats(max_value=0, width=32, allow_nan=False),
+)
+logprobs = st.builds(Logprobs, drawn=likelihoods, top=st.lists(likelihoods, max_size=3).map(tuple))
+
+
 @given(st.builds(Chunk, generation_id=names, epoch=st.integers(0, 9), first_token_index=st.integers(0, 9999),
-                 token_ids=st.lists(st.integers(0, 2**31 - 1)).map(tuple), text=names))  # fmt: skip
+                 token_ids=st.lists(st.integers(0, 2**31 - 1)).map(tuple), text=names,
+                 index=st.integers(0, 15), logprobs=st.lists(logprobs, max_size=3).map(tuple)))  # fmt: skip
 def test_a_chunk_survives_the_wire(chunk: Chunk) -> None:
     sent = pb.Chunk.FromString(wire.chunk_to_proto(chunk).SerializeToString())
     assert wire.chunk_from_proto(sent) == chunk

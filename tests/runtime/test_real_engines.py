@@ -45,6 +45,49 @@ async def test_a_constraint_holds_over_a_hop(client: AsyncClient) -> None:
     assert re.fullmatch("(field|mesh){3}", result.text)
 
 
+async def test_several_answers_come_over_a_hop_and_share_their_prompt(client: AsyncClient) -> None:
+    prompt = "the field mesh of edge nodes, with words enough to be worth a copy. " * 4
+    options = {"profile": "code", "max_tokens": 9, "temperature": 1.0, "ignore_eos": True}
+    stream = client.generate(prompt, n=3, seed=40, **options)
+    texts = ["", "", ""]
+    async for chunk in stream:
+        texts[chunk.index] += chunk.text
+    result = await stream.result()
+    assert [choice.text for choice in result.choices] == texts
+    assert [choice.seed for choice in result.choices] == [40, 41, 42]
+    assert (result.completion_tokens, result.text, result.hops) == (27, texts[0], 1)
+    assert len({choice.token_ids for choice in result.choices}) == 3
+    for choice in result.choices:
+        alone = await client.generate(prompt, seed=choice.seed, **options).result()
+        assert alone.token_ids == choice.token_ids
+
+
+async def test_a_prompt_is_computed_once_for_all_its_answers(mesh: Site, client: AsyncClient) -> None:
+    tally = mesh.nodes["code"]._service.local.hosted["code"].engine.tally
+    prompt = "Nobody has asked this before: what do the nodes of a mesh say to each other at night? " * 8
+    tokens = len((await client.tokenize(prompt, profile="code")).token_ids)
+    assert tokens > 200
+    before = tally.prefix_queried_tokens - tally.prefix_hit_tokens
+    result = await client.generate(prompt, profile="code", n=4, max_tokens=3, temperature=1.0).result()
+    assert (result.prompt_tokens, len(result.choices)) == (tokens, 4)
+    assert tally.prefix_queried_tokens - tally.prefix_hit_tokens - before <= tokens + 3 * 2
+
+
+async def test_logprobs_come_over_a_hop(client: AsyncClient) -> None:
+    result = await client.chat("hi", profile="code", logprobs=3, max_tokens=4, ignore_eos=True).result()
+    (choice,) = result.choices
+    assert [entry.drawn.token_id for entry in choice.logprobs] == list(choice.token_ids)
+    for entry in choice.logprobs:
+        assert len(entry.top) == 3
+        assert entry.drawn.logprob <= entry.top[0].logprob <= 0
+
+
+async def test_a_bias_holds_over_a_hop(client: AsyncClient) -> None:
+    (letter,) = (await client.tokenize("z", profile="code")).token_ids[-1:]
+    result = await client.chat("hi", profile="code", logit_bias={letter: 100.0}, max_tokens=5).result()
+    assert result.text == "zzzzz"
+
+
 async def test_a_schema_that_cannot_be_enforced_is_refused_over_a_hop(client: AsyncClient) -> None:
     with pytest.raises(ConstraintInvalid, match="not") as caught:
         await client.chat("hello", profile="code", json_schema={"not": {}}).result()

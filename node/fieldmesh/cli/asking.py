@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from pathlib import Path
@@ -14,7 +15,8 @@ from fieldmesh.core.errors import ConfigError, FieldmeshError, InvalidRequest, P
 from fieldmesh.core.model import Message
 
 if TYPE_CHECKING:
-    from fieldmesh.client import Client, Result, Stream
+    from fieldmesh.client import Choice, Client, Result, Stream
+    from fieldmesh.core.model import TokenLogprob
 
 DEFAULT_NODE: Final = "127.0.0.1:7420"
 QUESTION_BYTES_MAX: Final = 1_048_576
@@ -68,6 +70,11 @@ def ask(
         Path | None, typer.Option(metavar="FILE", help="JSON Schema that the answer must satisfy.")
     ] = None,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the answer must match.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, max=16, help="Answers to make.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="Tell how likely each token and so many others were."),
+    ] = None,
     timeout_s: TimeoutS = None,
     as_json: Json = False,
 ) -> None:
@@ -83,11 +90,15 @@ def ask(
         explain=explain or None,
         json_schema=_schema(json_schema) if json_schema else None,
         regex=regex,
+        n=n,
+        logprobs=logprobs,
         timeout_s=timeout_s,
     )
     with connect(node) as client, client.chat(text, **options) as stream:
         if as_json:
             terminal.write_json(result_json(stream.result()))
+        elif n is not None and n > 1:
+            show_choices(stream.result())
         else:
             stream_answer(stream)
 
@@ -135,10 +146,35 @@ def stream_answer(stream: Stream) -> Result:
         if not ends_line:
             terminal.write("\n")
     result = stream.result()
+    show_logprobs(result.choices[0])
     terminal.say(served_by(result))
     if result.explanation is not None:
         show_explanation(result)
     return result
+
+
+def show_choices(result: Result) -> None:
+    """Several answers, one after the other, each under its number."""
+    for choice in result.choices:
+        terminal.say(f"answer {choice.index + 1} of {len(result.choices)} (seed {choice.seed})")
+        terminal.write(choice.text if choice.text.endswith("\n") else choice.text + "\n")
+        show_logprobs(choice)
+    terminal.say(served_by(result))
+
+
+def show_logprobs(choice: Choice) -> None:
+    """How likely each token was, on stderr, where that was asked for."""
+    if not choice.logprobs:
+        return
+
+    def said(entry: TokenLogprob) -> str:
+        return f"{entry.piece.decode(errors='replace')!r} {math.exp(entry.logprob):.1%}"
+
+    shown = terminal.table("token", "others at its place")
+    for entry in choice.logprobs:
+        others = [said(other) for other in entry.top if other.token_id != entry.drawn.token_id]
+        terminal.add_row(shown, said(entry.drawn), ", ".join(others))
+    terminal.console(stderr=True).print(shown)
 
 
 def served_by(result: Result) -> str:

@@ -272,7 +272,7 @@ class AsyncStream:
 
     @property
     def text(self) -> str:
-        """The text that has arrived so far."""
+        """The text that has arrived so far, of the first completion."""
         return self._reply.text
 
     def __aiter__(self) -> Self:
@@ -302,7 +302,7 @@ class AsyncStream:
         await self.close()
 
     def _delivered(self) -> dict[str, str]:
-        return {"tokens_delivered": str(len(self._reply.token_ids))}
+        return {"tokens_delivered": str(self._reply.tokens)}
 
     async def _read(self, client: AsyncClient, asked: Ask, timeout_s: float | None) -> AsyncGenerator[Chunk]:
         request, reply = calls.request(asked), self._reply
@@ -341,7 +341,7 @@ class AsyncStream:
                     call.cancel()
             if reply.result is not None:
                 return
-            tokens_delivered = len(reply.token_ids) if reply.begun else None
+            tokens_delivered = reply.tokens if reply.begun else None
             now, jitter = time.monotonic(), random.random()
             await asyncio.sleep(
                 attempts.failed(address, error, now, tokens_delivered=tokens_delivered, jitter=jitter)

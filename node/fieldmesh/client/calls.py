@@ -88,7 +88,11 @@ class Options(TypedDict, total=False):
     How tokens are drawn: ``temperature`` 0 (greedy) to 5, ``top_p`` above 0 to 1, ``top_k`` 0 (all) to 1000,
     ``min_p`` 0 to 1, ``frequency_penalty`` and ``presence_penalty`` -2 to 2, ``repetition_penalty`` above 0
     to 5, ``seed`` 0 to 2**32-1, ``max_tokens`` at least 1, ``min_tokens``, ``stop`` at most 16 strings of
-    256 bytes, ``stop_token_ids`` at most 64, ``ignore_eos``.
+    256 bytes, ``stop_token_ids`` at most 64, ``ignore_eos``, ``logit_bias`` at most 300 token ids with -100
+    to 100.
+
+    What comes back: ``logprobs`` 0 to 20 tells how likely each token and so many others at its place were
+    (``Choice.logprobs``), ``n`` 1 to 16 makes so many completions (``Result.choices``, ``Chunk.index``).
 
     What the answer must match (one of them, at most 64 kB): ``json_schema`` (text or a mapping), ``regex``
     (Rust's syntax), ``grammar`` (Lark as llguidance reads it), ``json_object`` (True: any JSON object). What
@@ -115,6 +119,9 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    logit_bias: Mapping[int, float]
+    logprobs: int
+    n: int
     json_schema: str | Mapping[str, Any]
     regex: str
     grammar: str
@@ -182,6 +189,8 @@ def ask(prompt: Prompt, options: Options) -> Ask:
             raise InvalidRequest(f"{name} must be a list, not one string", field=name)
         if sampling.get(name) is not None:
             sampling[name] = tuple(sampling[name])
+    if sampling.get("logit_bias") is not None:
+        sampling["logit_bias"] = tuple(sorted(dict(sampling["logit_bias"]).items()))
     sampling["constraint"] = _constraint(given)
     priority = given.get("priority", "normal")
     if priority not in _PRIORITIES:

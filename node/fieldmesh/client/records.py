@@ -13,16 +13,33 @@ import msgspec
 
 from fieldmesh.core.errors import Internal
 from fieldmesh.core.model import (
+    CHOICES_MAX,
     Address,
     Attempt,
     Chunk,
+    Completion,
     Explanation,
     FinishReason,
     Load,
+    Logprobs,
     NodeState,
 )
+from fieldmesh.core.model import Choice as ChoiceEnd
 from fieldmesh.rpc import inference as codec
 from fieldmesh.v1 import inference_pb2, mesh_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of the completions of a request; ``logprobs`` has an entry for each token where asked for."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    matched_stop: str
+    seed: int
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +51,8 @@ class Result:
     answered (names; the ids are beside them); ``attempts`` lists every try with the code of the error that
     ended it, or ``served``; ``hops`` counts how often the request was forwarded. ``cached_tokens`` of the
     prompt did not have to be computed. ``seed`` repeats the draw. ``explanation`` is there if it was asked
-    for.
+    for. ``choices`` has all completions (one, unless ``n`` asked for more); the fields above are those of the
+    first, but for ``completion_tokens``, which counts the tokens of all.
     """
 
     text: str
@@ -59,6 +77,7 @@ class Result:
     generation_id: str
     entry_node_id: str
     served_by_id: str
+    choices: tuple[Choice, ...] = ()
     explanation: Explanation | None = None
 
 
@@ -124,8 +143,8 @@ class Tokens:
 
 
 def as_json(record: object) -> Any:
-    """``record`` (or several) as plain JSON values: enums by value, no finite number as null."""
-    return _finite(msgspec.to_builtins(record, enc_hook=str))
+    """``record`` (or several) as plain JSON: enums by value, bytes as text, no finite number as null."""
+    return _finite(msgspec.to_builtins(record, builtin_types=(bytes,), enc_hook=str))
 
 
 def _finite(value: Any) -> Any:
@@ -133,45 +152,70 @@ def _finite(value: Any) -> Any:
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- from the wire -----------------------------------------------------------------------
 
 
-class Reply:
-    """What has arrived of one stream. ``take`` reads a message; ``result`` is set by the last one."""
+class _Part:
+    """What has arrived of one completion."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
+        self.logprobs: list[Logprobs] = []
         self._texts: list[str] = []
-        self.result: Result | None = None
 
     @property
     def text(self) -> str:
-        """The text so far."""
         if len(self._texts) > 1:
             self._texts = ["".join(self._texts)]
         return "".join(self._texts)
 
+    def add(self, chunk: Chunk) -> None:
+        if chunk.first_token_index != len(self.token_ids):
+            raise Internal(
+                f"The stream went on at token {chunk.first_token_index} after {len(self.token_ids)} "
+                "tokens: some were lost or repeated on the way."
+            )
+        self.token_ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs)
+        if chunk.text:
+            self._texts.append(chunk.text)
+
+
+class Reply:
+    """What has arrived of one stream. ``take`` reads a message; ``result`` is set by the last one."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, _Part] = {0: _Part()}
+        self.result: Result | None = None
+
+    @property
+    def text(self) -> str:
+        """The text so far, of the first completion."""
+        return self._parts[0].text
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have arrived."""
+        return sum(len(part.token_ids) for part in self._parts.values())
+
     @property
     def begun(self) -> bool:
         """Whether something was delivered, so that asking again would repeat it."""
-        return bool(self.token_ids or self._texts)
+        return any(part.token_ids or part.text for part in self._parts.values())
 
     def take(self, message: inference_pb2.GenerateResponse | inference_pb2.ChatResponse) -> Chunk | None:
         """The chunk that ``message`` holds; None for the end. Raises Internal where tokens are missing."""
         match message.WhichOneof("response"):
             case "chunk":
                 chunk = codec.chunk_from_proto(message.chunk)
-                if chunk.first_token_index != len(self.token_ids):
-                    raise Internal(
-                        f"The stream went on at token {chunk.first_token_index} after {len(self.token_ids)} "
-                        "tokens: some were lost or repeated on the way."
-                    )
-                self.token_ids.extend(chunk.token_ids)
-                if chunk.text:
-                    self._texts.append(chunk.text)
+                if chunk.index >= CHOICES_MAX:
+                    raise Internal(f"The stream held completion {chunk.index}, which nobody asked for.")
+                self._parts.setdefault(chunk.index, _Part()).add(chunk)
                 return chunk
             case "complete":
                 self.result = self._result(message.complete)
@@ -179,11 +223,35 @@ class Reply:
             case _:
                 raise Internal("The stream held a message of a kind that this client does not know.")
 
+    def _choices(self, completion: Completion) -> tuple[Choice, ...]:
+        only = ChoiceEnd(
+            index=0,
+            finish_reason=completion.finish_reason,
+            completion_tokens=completion.usage.completion_tokens,
+            matched_stop=completion.matched_stop,
+            seed=completion.seed,
+        )
+        made = []
+        for end in completion.choices or (only,):
+            part = self._parts.get(end.index) or _Part()
+            made.append(
+                Choice(
+                    index=end.index,
+                    text=part.text,
+                    token_ids=tuple(part.token_ids),
+                    finish_reason=end.finish_reason,
+                    matched_stop=end.matched_stop,
+                    seed=end.seed,
+                    logprobs=tuple(part.logprobs),
+                )
+            )
+        return tuple(made)
+
     def _result(self, complete: inference_pb2.Complete) -> Result:
         core = codec.result_from_proto(complete)
         return Result(
             text=self.text,
-            token_ids=tuple(self.token_ids),
+            token_ids=tuple(self._parts[0].token_ids),
             model=core.model,
             profile=core.profile,
             domain=core.domain,
@@ -204,6 +272,7 @@ class Reply:
             generation_id=core.generation_id,
             entry_node_id=core.entry_node,
             served_by_id=core.served_by,
+            choices=self._choices(core.completion),
             explanation=core.explanation,
         )
 

@@ -298,7 +298,7 @@ class Stream:
 
     @property
     def text(self) -> str:
-        """The text that has arrived so far."""
+        """The text that has arrived so far, of the first completion."""
         return self._reply.text
 
     def __iter__(self) -> Self:
@@ -333,7 +333,7 @@ class Stream:
     def _cancelled(self) -> Cancelled:
         return Cancelled(
             "The stream was closed before its end.",
-            metadata={"tokens_delivered": str(len(self._reply.token_ids))},
+            metadata={"tokens_delivered": str(self._reply.tokens)},
         )
 
     def _read(self, asked: Ask, timeout_s: float | None) -> Generator[Chunk]:
@@ -366,4 +366,4 @@ class Stream:
                     call.cancel()
             if reply.result is not None:
                 return
-            client._failed(attempts, address, error, len(reply.token_ids) if reply.begun else None)
+            client._failed(attempts, address, error, reply.tokens if reply.begun else None)

@@ -25,6 +25,7 @@ from typing import assert_never
 from fieldmesh.core import errors
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import (
+    CHOICES_MAX,
     Ask,
     Attempt,
     CandidateNote,
@@ -236,6 +237,7 @@ class Dispatch:
         self.generation_id = generation_id
         self.phase = Phase.WAITING
         self.tokens_delivered = 0
+        self._next_index: dict[int, int] = {}
         self.attempts: list[Attempt] = []
         self._entry = entry
         self._route = route
@@ -318,14 +320,17 @@ class Dispatch:
         if not self._runs(event.epoch):
             return []
         chunk = event.chunk
-        if chunk.first_token_index != self.tokens_delivered:
+        expected = self._next_index.get(chunk.index, 0)
+        if chunk.first_token_index != expected or chunk.index >= CHOICES_MAX:
             gap = errors.Internal(
-                f"tokens arrived from index {chunk.first_token_index}, expected {self.tokens_delivered}"
+                f"tokens of completion {chunk.index} arrived from index {chunk.first_token_index}, "
+                f"expected {expected}"
             )
             return [Cancel(epoch=self._epoch), *self._failed(gap, now)]
         if self._first_token_at is None and (chunk.token_ids or chunk.text):
             self._first_token_at = now
-        self.tokens_delivered = chunk.next_token_index
+        self._next_index[chunk.index] = chunk.next_token_index
+        self.tokens_delivered += len(chunk.token_ids)
         return [Deliver(chunk=replace(chunk, generation_id=self.generation_id, epoch=self._epoch))]
 
     def _ended(self, event: Ended, now: float) -> list[DispatchEffect]:

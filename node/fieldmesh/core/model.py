@@ -12,6 +12,9 @@ NodeId = NewType("NodeId", str)
 RequestId = NewType("RequestId", str)
 """Made by the client; 1 to 64 characters of ``[A-Za-z0-9._:-]``. A repeat is answered, not done again."""
 
+CHOICES_MAX = 16
+"""Completions that one request may ask for."""
+
 PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
 
@@ -222,7 +225,11 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; ``seed`` None lets the engine choose one."""
+    """How tokens are drawn. Temperature 0 is greedy; ``seed`` None lets the engine choose one.
+
+    ``logprobs`` asks for each token's log-probability and for those of as many likeliest ones; ``logit_bias``
+    is added to the logits of token ids; ``n`` completions are made of one prompt, with seeds that count up.
+    """
 
     temperature: float = 0.7
     top_k: int = 40
@@ -238,6 +245,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     constraint: Constraint | None = None
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,11 +268,32 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Some tokens of one generation, in order and without gaps.
+class TokenLogprob:
+    """A token, the bytes it stands for, and the natural logarithm of its probability."""
 
-    ``text`` may lag behind ``token_ids``: it is held back while it ends inside a character or may be
-    the beginning of a stop string.
+    token_id: int
+    piece: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprobs:
+    """How likely one drawn token was, and the ``top`` tokens at its place, likeliest first.
+
+    By the model alone: before temperature, penalties, bias, and before a constraint.
+    """
+
+    drawn: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Some tokens of one completion, in order and without gaps.
+
+    ``index`` says of which completion, where there are several. ``logprobs`` has one entry for each token, or
+    none where they were not asked for. ``text`` may lag behind ``token_ids``: it is held back while it ends
+    inside a character or may be the beginning of a stop string.
     """
 
     generation_id: str
@@ -270,6 +301,8 @@ class Chunk:
     first_token_index: int
     token_ids: tuple[int, ...]
     text: str
+    index: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
 
     @property
     def next_token_index(self) -> int:
@@ -278,7 +311,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts of one generation. ``cached_tokens`` of the prompt did not have to be computed."""
+    """Token counts of one request. ``cached_tokens`` of the prompt did not have to be computed."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -302,13 +335,29 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How one of several completions of a prompt ended."""
+
+    index: int
+    finish_reason: FinishReason
+    completion_tokens: int
+    matched_stop: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """How one generation ended at the engine that ran it."""
+    """How one generation ended at the engine that ran it.
+
+    Of several completions, ``choices`` tells each one's end in order; ``usage`` then counts the prompt once
+    and the tokens of all, and the other fields are those of the first.
+    """
 
     finish_reason: FinishReason
     usage: Usage
     matched_stop: str = ""
     seed: int = 0
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,6 +378,9 @@ class SamplingOverrides:
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     constraint: Constraint | None = None
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
+    n: int | None = None
 
     def over(self, defaults: Sampling) -> Sampling:
         """The sampling that results when this request meets a profile's defaults."""

@@ -16,6 +16,9 @@ STOPS_MAX = 16
 STOP_CHARACTERS_MAX = 256
 STOP_TOKEN_IDS_MAX = 64
 CONSTRAINT_BYTES_MAX = 65_536
+LOGPROBS_MAX = 20
+LOGIT_BIAS_MAX = 300
+LOGIT_BIAS_VALUE_MAX = 100.0
 ROLES = ("system", "user", "assistant", "tool")
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -28,6 +31,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "presence_penalty": (-2, 2),
     "max_tokens": (1, TOKENS_MAX),
     "min_tokens": (0, TOKENS_MAX),
+    "n": (1, 1),  # several completions are several jobs
 }
 
 
@@ -87,6 +91,17 @@ def check_sampling(sampling: Sampling) -> None:
     if len(sampling.stop_token_ids) > STOP_TOKEN_IDS_MAX:
         raise InvalidRequest(
             f"at most {STOP_TOKEN_IDS_MAX} stop_token_ids are accepted", field="stop_token_ids"
+        )
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= LOGPROBS_MAX:
+        raise InvalidRequest(
+            f"logprobs must be between 0 and {LOGPROBS_MAX}, not {sampling.logprobs}", field="logprobs"
+        )
+    biases = [value for _, value in sampling.logit_bias]
+    if len(biases) > LOGIT_BIAS_MAX or not all(abs(value) <= LOGIT_BIAS_VALUE_MAX for value in biases):
+        raise InvalidRequest(
+            f"logit_bias takes at most {LOGIT_BIAS_MAX} values between -{LOGIT_BIAS_VALUE_MAX:g} and "
+            f"{LOGIT_BIAS_VALUE_MAX:g}",
+            field="logit_bias",
         )
     if sampling.constraint is not None:
         _check_constraint(sampling.constraint, sampling)

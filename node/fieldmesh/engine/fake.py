@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, Protocol
 
 from fieldmesh.core.errors import Internal
-from fieldmesh.core.model import EngineState, Sampling
+from fieldmesh.core.model import EngineState, Logprobs, Sampling, TokenLogprob
 from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.cost import CostModel, prompt_digest, token_at
 from fieldmesh.engine.frames import Command, Ready
@@ -89,13 +90,25 @@ class FakeSampler:
 
     def draw(self, row: int, index: int) -> Drawn:
         """A word, or the end of the answer where that is allowed."""
+        token, top = self._token(index), self._sampling.logprobs
+        if top is None:
+            return Drawn(token)
+        likeliest = range(_FIRST_WORD, _FIRST_WORD + top)
+        return Drawn(token, logprobs=Logprobs(drawn=_equal(token), top=tuple(map(_equal, likeliest))))
+
+    def _token(self, index: int) -> int:
         may_end = not self._sampling.ignore_eos and index >= self._sampling.min_tokens
         if may_end and token_at(self._digest, index, _END_EVERY_TOKENS) == 0:
-            return Drawn(_EOS)
-        return Drawn(_FIRST_WORD + token_at(self._digest, index, len(_WORDS)))
+            return _EOS
+        return _FIRST_WORD + token_at(self._digest, index, len(_WORDS))
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _equal(token: int) -> TokenLogprob:
+    """Every word is as likely as the others."""
+    return TokenLogprob(token_id=token, piece=FakeModel().piece(token), logprob=-math.log(len(_WORDS)))
 
 
 class Clock(Protocol):

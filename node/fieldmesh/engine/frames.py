@@ -12,7 +12,7 @@ from __future__ import annotations
 import msgspec
 
 from fieldmesh.core.errors import FieldmeshError, Internal, by_code
-from fieldmesh.core.model import Completion, Load, Prompt
+from fieldmesh.core.model import Completion, Load, Logprobs, Prompt
 from fieldmesh.engine.port import EngineInfo, Job
 from fieldmesh.engine.settings import EngineSettings
 
@@ -114,6 +114,7 @@ class Tokens(_Message, frozen=True):
     first_token_index: int
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[Logprobs, ...] = ()
 
 
 class Done(_Message, frozen=True):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from dataclasses import replace
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
@@ -25,10 +25,9 @@ from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Sampling
 from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.grammars import Vocabulary
+from fieldmesh.engine.likelihood import Logits, logprobs
 from fieldmesh.engine.loop import Drawn, Walk
 from fieldmesh.engine.settings import EngineSettings
-
-Logits: TypeAlias = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 LOG_LINES_MAX = 20
 PENALTY_WINDOW_TOKENS = 1024
@@ -321,6 +320,8 @@ class Sampler:
             sorted(model.end_tokens) if sampling.ignore_eos else [], dtype=np.int64
         )
         self._banned_early = np.array(sorted(model.end_tokens | {*sampling.stop_token_ids}), dtype=np.int64)
+        self._biased = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
+        self._biases = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float32)
         repeats = sampling.repetition_penalty != 1.0
         counts = bool(sampling.frequency_penalty or sampling.presence_penalty)
         self._plain = sampling.temperature == 0 and not repeats and not counts
@@ -355,7 +356,15 @@ class Sampler:
 
     def draw(self, row: int, index: int) -> Drawn:
         """The token that follows, from the last step's logits at ``row``. Raises ConstraintInvalid."""
-        logits = self._model.logits(row)
+        logits, wanted = self._model.logits(row), self._sampling.logprobs
+        if wanted is None:
+            return self._draw(logits, row, index)
+        raw = logits.copy()
+        drawn = self._draw(logits, row, index)
+        return replace(drawn, logprobs=logprobs(raw, drawn.token_id, wanted, self._model.piece))
+
+    def _draw(self, logits: Logits, row: int, index: int) -> Drawn:
+        logits[self._biased] += self._biases
         banned = self._banned_early if index < self._sampling.min_tokens else self._banned_always
         if self._walk is None:
             logits[banned] = -np.inf

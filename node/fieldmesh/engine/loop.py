@@ -20,7 +20,15 @@ from fieldmesh.core.errors import (
     InvalidRequest,
     PromptTooLong,
 )
-from fieldmesh.core.model import Completion, Constraint, FinishReason, Prompt, Sampling, Usage
+from fieldmesh.core.model import (
+    Completion,
+    Constraint,
+    FinishReason,
+    Logprobs,
+    Prompt,
+    Sampling,
+    Usage,
+)
 from fieldmesh.core.steps import Output, Place, Sampled, Slice, StepPlan, Work
 from fieldmesh.core.text import TextStream
 from fieldmesh.engine.chat import ChatTemplate
@@ -58,6 +66,7 @@ class Drawn:
 
     token_id: int
     ends: bool = False
+    logprobs: Logprobs | None = None
 
 
 class Walk(Protocol):
@@ -145,10 +154,12 @@ class _Generation:
     stop_tokens: frozenset[int]
     index: int
     text: str = ""
+    logprobs: tuple[Logprobs, ...] = ()
 
     def take(self, drawn: Drawn, piece: bytes) -> bool:
         """Add a token's text; True if the generation ends with it."""
         self.index += 1
+        self.logprobs = (drawn.logprobs,) if drawn.logprobs else ()
         if drawn.token_id in self.stop_tokens:
             self.text = ""
             return True
@@ -268,6 +279,8 @@ class EngineLoop:
             )
         check_token_ids(job.resume_token_ids, self._model.vocabulary_tokens, "resume_token_ids")
         check_token_ids(job.sampling.stop_token_ids, self._model.vocabulary_tokens, "stop_token_ids")
+        biased = tuple(token for token, _ in job.sampling.logit_bias)
+        check_token_ids(biased, self._model.vocabulary_tokens, "sampling_params.logit_bias")
         stream, seed = TextStream(job.sampling.stop), job.sampling.seed
         stop_tokens = frozenset(job.sampling.stop_token_ids)
         if not job.sampling.ignore_eos:
@@ -406,7 +419,7 @@ class EngineLoop:
         generation = self._generations[output.id]
         key, text = generation.key, generation.text
         if output.finish is None:
-            return [Tokens(key, output.token_index, (output.token_id,), text)]
+            return [Tokens(key, output.token_index, (output.token_id,), text, generation.logprobs)]
         assert output.usage is not None
         self._forget(output.id)
         completion = Completion(
@@ -416,7 +429,8 @@ class EngineLoop:
             seed=generation.seed,
         )
         text += generation.stream.finish()
-        return [Tokens(key, output.token_index, (output.token_id,), text), Done(key, completion)]
+        last = Tokens(key, output.token_index, (output.token_id,), text, generation.logprobs)
+        return [last, Done(key, completion)]
 
     def _forget(self, generation_id: str) -> _Generation | None:
         generation = self._generations.pop(generation_id, None)

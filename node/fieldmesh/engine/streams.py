@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypeAlias
 
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, QueueFull, SlowReader
-from fieldmesh.core.model import Chunk, Completion
+from fieldmesh.core.model import Chunk, Completion, Logprobs
 from fieldmesh.engine.frames import (
     Accepted,
     Cancel,
@@ -41,6 +41,7 @@ class _Stream:
         self.started: Started | None = None
         self.token_ids: list[int] = []
         self.texts: list[str] = []
+        self.logprobs: list[Logprobs] = []
         self.next_index = len(job.resume_token_ids)
         self.end: Completion | FieldmeshError | None = None
         self.changed = asyncio.Event()
@@ -68,10 +69,12 @@ class _Stream:
             first_token_index=self.next_index,
             token_ids=tuple(self.token_ids),
             text="".join(self.texts),
+            logprobs=tuple(self.logprobs),
         )
         self.next_index = chunk.next_token_index
         self.token_ids.clear()
         self.texts.clear()
+        self.logprobs.clear()
         return chunk
 
 
@@ -148,6 +151,7 @@ class Streams:
             case Tokens():
                 stream.token_ids.extend(report.token_ids)
                 stream.texts.append(report.text)
+                stream.logprobs.extend(report.logprobs)
                 if len(stream.token_ids) > self._stream_tokens_max and stream.slow_timer is None:
                     self._pause(stream)
             case Done():
@@ -183,6 +187,7 @@ class Streams:
         unread = len(stream.token_ids)
         stream.token_ids.clear()
         stream.texts.clear()
+        stream.logprobs.clear()
         stream.end = SlowReader(
             f"the stream was not read for {self._slow_reader_timeout_s:g} s with {unread} tokens waiting; "
             "its generation was ended",

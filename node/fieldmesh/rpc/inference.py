@@ -1,7 +1,8 @@
 """The codec of inference: requests, chunks, results and loads, to protobuf and back.
 
-Owns: every bound on what a client may send (those of sampling are in ``rpc.sampling``); a request that comes out of here is valid but for what only
-the serving node can know (the prompt's length in tokens, the models that exist). Must not: import grpc.
+Owns: every bound on what a client may send (those of sampling are in ``rpc.sampling``); a request that comes
+out of here is valid but for what only the serving node can know (the prompt's length in tokens, the models
+that exist). Must not: import grpc.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from fieldmesh.core.model import (
     Ask,
     Attempt,
     CandidateNote,
+    Choice,
     Chunk,
     Completion,
     EngineState,
     Explanation,
     FinishReason,
     Load,
+    Logprobs,
     Message,
     NodeId,
     Priority,
@@ -30,6 +33,7 @@ from fieldmesh.core.model import (
     RequestId,
     Result,
     Target,
+    TokenLogprob,
     Usage,
 )
 from fieldmesh.rpc.sampling import fill_params, overrides_from_proto, token_ids
@@ -216,7 +220,20 @@ def chunk_to_proto(chunk: Chunk) -> pb.Chunk:
         first_token_index=chunk.first_token_index,
         token_ids=chunk.token_ids,
         text=chunk.text,
+        index=chunk.index,
+        logprobs=[
+            pb.Logprobs(drawn=_logprob_to_proto(entry.drawn), top=map(_logprob_to_proto, entry.top))
+            for entry in chunk.logprobs
+        ],
     )
+
+
+def _logprob_to_proto(entry: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=entry.token_id, piece=entry.piece, logprob=entry.logprob)
+
+
+def _logprob_from_proto(entry: pb.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(token_id=entry.token_id, piece=entry.piece, logprob=entry.logprob)
 
 
 def chunk_from_proto(chunk: pb.Chunk) -> Chunk:
@@ -227,6 +244,11 @@ def chunk_from_proto(chunk: pb.Chunk) -> Chunk:
         first_token_index=chunk.first_token_index,
         token_ids=tuple(chunk.token_ids),
         text=chunk.text,
+        index=chunk.index,
+        logprobs=tuple(
+            Logprobs(drawn=_logprob_from_proto(entry.drawn), top=tuple(map(_logprob_from_proto, entry.top)))
+            for entry in chunk.logprobs
+        ),
     )
 
 
@@ -271,6 +293,16 @@ def fill_completion(complete: pb.Complete, completion: Completion) -> None:
     complete.usage.prompt_tokens = completion.usage.prompt_tokens
     complete.usage.cached_tokens = completion.usage.cached_tokens
     complete.usage.completion_tokens = completion.usage.completion_tokens
+    complete.choices.extend(
+        pb.Choice(
+            index=choice.index,
+            finish_reason=_FINISH[choice.finish_reason],
+            matched_stop=choice.matched_stop,
+            completion_tokens=choice.completion_tokens,
+            seed=choice.seed,
+        )
+        for choice in completion.choices
+    )
 
 
 def completion_from_proto(complete: pb.Complete) -> Completion:
@@ -283,6 +315,16 @@ def completion_from_proto(complete: pb.Complete) -> Completion:
             prompt_tokens=complete.usage.prompt_tokens,
             cached_tokens=complete.usage.cached_tokens,
             completion_tokens=complete.usage.completion_tokens,
+        ),
+        choices=tuple(
+            Choice(
+                index=choice.index,
+                finish_reason=_FINISH_IN.get(choice.finish_reason, FinishReason.ERROR),
+                matched_stop=choice.matched_stop,
+                completion_tokens=choice.completion_tokens,
+                seed=choice.seed,
+            )
+            for choice in complete.choices
         ),
     )
 

@@ -6,7 +6,7 @@ Owns: what may be said about how tokens are drawn. Must not: import grpc.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from fieldmesh.values import shown
 STOPS_MAX: Final = 16
 STOP_BYTES_MAX: Final = 256
 STOP_TOKEN_IDS_MAX: Final = 64
+LOGIT_BIAS_MAX: Final = 300
 CONSTRAINT_BYTES_MAX: Final = 65_536
 
 
@@ -57,7 +58,10 @@ _RANGES: Final = {
     "frequency_penalty": _Range(low=-2, high=2),
     "presence_penalty": _Range(low=-2, high=2),
     "repetition_penalty": _Range(low=0, high=5, low_excluded=True),
+    "logprobs": _Range(low=0, high=20),
+    "n": _Range(low=1, high=16),
 }
+_LOGIT_BIAS: Final = _Range(low=-100, high=100)
 
 
 _WIRE_RANGES: Final = {
@@ -89,6 +93,8 @@ def overrides_from_proto(params: pb.SamplingParams, max_tokens_max: int) -> Samp
         given["ignore_eos"] = params.ignore_eos
     if (constraint := _constraint(params)) is not None:
         given["constraint"] = constraint
+    if params.logit_bias:
+        given["logit_bias"] = _logit_bias(params.logit_bias)
     if params.stop:
         given["stop"] = _stops(params.stop)
     if params.stop_token_ids:
@@ -110,6 +116,20 @@ def _constraint(params: pb.SamplingParams) -> Constraint | None:
             f"{constraint.field} is larger than {CONSTRAINT_BYTES_MAX} bytes of UTF-8", field=constraint.field
         )
     return constraint
+
+
+def _logit_bias(bias: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    field = "sampling_params.logit_bias"
+    if len(bias) > LOGIT_BIAS_MAX:
+        raise InvalidRequest(
+            f"{field} has {len(bias)} entries; at most {LOGIT_BIAS_MAX} are accepted", field=field
+        )
+    for token, value in bias.items():
+        if token < 0 or value not in _LOGIT_BIAS:
+            raise InvalidRequest(
+                f"{field} maps {token} to {value:g}; accepted are token ids, and {_LOGIT_BIAS}", field=field
+            )
+    return tuple(sorted(bias.items()))
 
 
 def _stops(stops: Iterable[str]) -> tuple[str, ...]:
@@ -143,5 +163,7 @@ def fill_params(params: pb.SamplingParams, sampling: SamplingOverrides) -> None:
     if (constraint := sampling.constraint) is not None:
         value = True if constraint.kind is ConstraintKind.JSON_OBJECT else constraint.source
         setattr(params, constraint.kind.value, value)
+    for token, bias in sampling.logit_bias or ():
+        params.logit_bias[token] = bias
     params.stop.extend(sampling.stop or ())
     params.stop_token_ids.extend(sampling.stop_token_ids or ())

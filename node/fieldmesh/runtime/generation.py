@@ -163,7 +163,7 @@ class Generation:
                     chunk = self._chunks[position]
                     position += 1
                     yield chunk
-                    self._readers[me] = chunk.next_token_index
+                    self._readers[me] += len(chunk.token_ids)
                     self._drained.set()
                 if self.outcome is not None:
                     break

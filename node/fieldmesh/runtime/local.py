@@ -17,6 +17,7 @@ from fieldmesh.core.errors import EngineNotReady, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, FinishReason, Prompt, RequestId, Usage
 from fieldmesh.engine.port import Engine, EngineInfo, Job, JobEvent, Started
 from fieldmesh.profiles import Profile
+from fieldmesh.runtime.choices import choice_samplings, together
 
 FLUSH_TOKENS = 8
 FLUSH_INTERVAL_S = 0.025
@@ -60,18 +61,23 @@ class LocalRuns:
         Raises what ``Engine.submit`` raises, ProfileNotFound and EngineNotReady.
         """
         hosted = self.ready(profile)
-        job = Job(
-            generation_id=f"{generation_id}/{epoch}",
-            prompt=ask.prompt,
-            sampling=ask.sampling.over(hosted.profile.sampling),
-            epoch=epoch,
-            priority=ask.priority,
-            deadline_s=deadline_s,
-        )
+        sampling = ask.sampling.over(hosted.profile.sampling)
+        jobs = [
+            Job(
+                generation_id=f"{generation_id}/{epoch}/{index}",
+                prompt=ask.prompt,
+                sampling=choice,
+                epoch=epoch,
+                priority=ask.priority,
+                deadline_s=deadline_s,
+            )
+            for index, choice in enumerate(choice_samplings(sampling))
+        ]
         aborted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._aborts[ask.request_id] = aborted
         try:
-            async with aclosing(paced(hosted.engine.submit(job), aborted)) as events:
+            runs = [paced(hosted.engine.submit(job), aborted) for job in jobs]
+            async with aclosing(runs[0] if len(runs) == 1 else together(runs)) as events:
                 async for event in events:
                     yield event
         finally:
@@ -147,4 +153,9 @@ async def paced(
 
 
 def _joined(first: Chunk, second: Chunk) -> Chunk:
-    return replace(first, token_ids=first.token_ids + second.token_ids, text=first.text + second.text)
+    return replace(
+        first,
+        token_ids=first.token_ids + second.token_ids,
+        text=first.text + second.text,
+        logprobs=first.logprobs + second.logprobs,
+    )
