@@ -44,7 +44,7 @@ async def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for flag in ("--stubborn", "--broken", "--failed", "--end-with-stdin", "--no-mdns"):
+    for flag in ("--stubborn", "--broken", "--failed", "--found", "--end-with-stdin", "--no-mdns"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--name", "--profile", "--listen", "--peer-listen", "--state-folder", "--threads", "--mesh"):
         parser.add_argument(flag)

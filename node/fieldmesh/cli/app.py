@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 from fieldmesh import __version__
-from fieldmesh.cli import agreed, asking, configuration, looking, profiling, serving, terminal, up, voters
+from fieldmesh.cli import (
+    agreed,
+    asking,
+    configuration,
+    founding,
+    looking,
+    profiling,
+    serving,
+    terminal,
+    up,
+    voters,
+)
 from fieldmesh.core.errors import FieldmeshError, NodeUnreachable
 
 EPILOG = (
@@ -55,6 +66,7 @@ def root(
 
 app.command()(up.up)
 app.command()(serving.serve)
+app.command()(founding.init)
 app.command()(asking.ask)
 app.command()(asking.chat)
 app.command()(looking.status)

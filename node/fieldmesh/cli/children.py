@@ -110,8 +110,7 @@ class Children:
         command = [*self.command, "--end-with-stdin", "--name", plan.name, "--profile", plan.profile]
         command += ["--listen", str(plan.client), "--peer-listen", str(plan.peer)]
         command += ["--state-folder", str(plan.state_folder), "--no-mdns"]
-        if plan is not self.plans[0]:
-            command += ["--metrics-listen", "off"]
+        command += ["--found"] if plan is self.plans[0] else ["--metrics-listen", "off"]
         command += [part for seed in seeds for part in ("--seed", seed)]
         try:
             plan.log.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ from fieldmesh.runtime.metrics import Metrics, Sources
 from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.raft_links import RaftLinks
 from fieldmesh.runtime.raft_service import RaftService
-from fieldmesh.runtime.raft_store import RaftStore
+from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
 from fieldmesh.runtime.state import StateFolder
@@ -82,7 +82,6 @@ ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
 PREFILL_SHARE_TOKENS_MIN = 16
 FINGERPRINT_KEY = "fingerprint"
-LOG_FILE = "consensus.sqlite3"
 
 MakeEngine = Callable[[EngineSettings], EngineFront]
 """Protocol tests bring a fake engine; everything else has the real one."""

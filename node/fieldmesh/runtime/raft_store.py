@@ -24,6 +24,8 @@ from fieldmesh.core.raft_model import Entry, EntryKind, HardState, Members, Save
 
 APPLICATION_ID = 0x464D5246
 FORMAT_VERSION = 1
+LOG_FILE = "consensus.sqlite3"
+"""Its name in a state folder."""
 BUSY_MS_MAX = 2000
 _CHECKSUM_BYTES = 8
 
