@@ -7,7 +7,7 @@ process: so neither pays for a client's connection. Must not: decide what is mea
 ``fieldmesh serve`` runs, with the engine's stand-in: what is measured here is the log, not a model.
 
 A line in is ``{"do": NAME, …}``, a line out its answer: ``status``, ``latency`` (one write after another),
-``throughput`` (many writers for some seconds), ``fill`` (so many writes), ``write`` (one), ``lag`` (watchers).
+``throughput`` (many writers for a while), ``fill`` (so many writes), ``write`` (one), ``lag`` (of watchers).
 """
 
 from __future__ import annotations
@@ -191,7 +191,6 @@ async def run_ours(arguments: argparse.Namespace) -> None:
     """A node like any other but for its engine."""
     from fieldmesh.config import load
     from fieldmesh.engine.fake import FakeEngine
-    from fieldmesh.runtime import log
     from fieldmesh.runtime.node import running
 
     host, _, port = arguments.address.rpartition(":")
@@ -207,8 +206,7 @@ async def run_ours(arguments: argparse.Namespace) -> None:
             "consensus.found": arguments.found,
             "metrics.enabled": False,
         }
-    )
-    log.setup(config.log)
+    ).config
     async with running(config, FakeEngine) as node:
         await obey(Ours(node))
 
