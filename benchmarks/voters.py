@@ -109,8 +109,12 @@ class PySync:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[bool] = loop.create_future()
 
+        def settle(acknowledged: bool) -> None:
+            if not done.done():
+                done.set_result(acknowledged)
+
         def told(_: object, error: int) -> None:
-            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(error == 0))
+            loop.call_soon_threadsafe(settle, error == 0)
 
         self._values.set(f"app/bench/{number % KEYS}", number, callback=told)
         try:
