@@ -7,20 +7,25 @@ process: so neither pays for a client's connection. Must not: decide what is mea
 ``fieldmesh serve`` runs, with the engine's stand-in: what is measured here is the log, not a model.
 
 A line in is ``{"do": NAME, …}``, a line out its answer: ``status``, ``latency`` (one write after another),
-``throughput`` (many writers for a while), ``fill`` (so many writes), ``write`` (one), ``lag`` (of watchers).
+``throughput`` (many writers for a while), ``fill`` (so many writes), ``write`` (one), ``spaced`` (a few),
+``grow`` (to so many voters).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fieldmesh.runtime.node import Node
 
 KEYS = 1000
 """Writes go round these many keys, so that a state stays small while its log grows."""
@@ -39,12 +44,18 @@ class Voter(Protocol):
 class Ours:
     """A node's council."""
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, node: Node) -> None:
+        self._node = node
         self._council = node.council
 
     def status(self) -> dict[str, Any]:
         status = self._council.status()
-        return {"leads": self._council.leading, "term": status.term, "voters": len(status.voters)}
+        return {
+            "leads": self._council.leading,
+            "term": status.term,
+            "voters": len(status.voters),
+            "client": str(self._node.client_address),
+        }
 
     async def write(self, number: int) -> bool:
         from fieldmesh.core.errors import FieldmeshError
@@ -57,26 +68,30 @@ class Ours:
             return False
         return outcome.code is Code.DONE
 
-    async def lag(self, watchers: int, writes: int) -> list[float]:
-        """Milliseconds from a write's acknowledgement until each of many watchers has seen it."""
-        acknowledged: dict[int, float] = {}
-        seen: list[tuple[int, float]] = []
+    async def grow(self, voters: int) -> int:
+        """Take in and promote nodes of the mesh until there are so many voters; how many there are."""
+        from fieldmesh.core.errors import FieldmeshError
 
-        async def watch() -> None:
-            async for news in self._council.watch(self._council.state.revision):
-                now = time.perf_counter()
-                revision = getattr(news, "revision", 0) or news.state.revision
-                seen.append((revision, now))
+        for node in [member.id for member in self._node.view.members]:
+            status = self._council.status()
+            if len(status.voters) >= voters or node in status.voters:
+                continue
+            with contextlib.suppress(
+                FieldmeshError
+            ):  # not caught up, or another change: the next call goes on
+                if node not in status.learners:
+                    await self._council.add(node)
+                await self._council.promote(node)
+        return len(self._council.status().voters)
 
-        tasks = [asyncio.create_task(watch()) for _ in range(watchers)]
+    async def spaced(self, writes: int) -> list[tuple[int, float]]:
+        """Some writes a moment apart: revision and (monotonic) time of each acknowledgement."""
+        times = []
         for number in range(writes):
             if await self.write(number):
-                acknowledged[self._council.state.revision] = time.perf_counter()
+                times.append((self._council.state.revision, time.monotonic()))
             await asyncio.sleep(0.05)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return [(at - acknowledged[revision]) * 1000 for revision, at in seen if revision in acknowledged]
+        return times
 
 
 class PySync:
@@ -183,9 +198,12 @@ async def obey(voter: Voter) -> None:
                 answer = voter.status()
             case "write":
                 answer = {"done": await voter.write(order["number"])}
-            case "lag":
+            case "grow":
                 assert isinstance(voter, Ours)
-                answer = {"ms": await voter.lag(order["watchers"], order["writes"])}
+                answer = {"voters": await voter.grow(order["voters"])}
+            case "spaced":
+                assert isinstance(voter, Ours)
+                answer = {"acknowledged": await voter.spaced(order["writes"])}
             case name:
                 answer = await work[name](order)
         print(json.dumps(answer), flush=True)
@@ -195,6 +213,7 @@ async def run_ours(arguments: argparse.Namespace) -> None:
     """A node like any other but for its engine."""
     from fieldmesh.config import load
     from fieldmesh.engine.fake import FakeEngine
+    from fieldmesh.runtime import log
     from fieldmesh.runtime.node import running
 
     host, _, port = arguments.address.rpartition(":")
@@ -208,11 +227,15 @@ async def run_ours(arguments: argparse.Namespace) -> None:
             "discovery.mdns": False,
             "discovery.seeds": arguments.other,
             "consensus.found": arguments.found,
-            "metrics.enabled": False,
+            "listen.metrics": "off",
         }
     ).config
-    async with running(config, FakeEngine) as node:
-        await obey(Ours(node))
+    sink = log.set_up("json", "warning")
+    try:
+        async with running(config, FakeEngine) as node:
+            await obey(Ours(node))
+    finally:
+        sink.close()
 
 
 def main() -> None:
