@@ -16,7 +16,11 @@ from structlog.testing import capture_logs
 from fieldmesh.cli.agreed import json_text
 from fieldmesh.client.admin import Admin
 from fieldmesh.core.errors import OutcomeUnknown
-from fieldmesh.runtime.raft_store import RaftStore
+from fieldmesh.core.model import NodeId
+from fieldmesh.core.raft_members import founded
+from fieldmesh.runtime.identity import Identity
+from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
+from fieldmesh.runtime.state import StateFolder
 from tests.cli.conftest import Commands
 from tests.runtime.agreed_node import ME, AgreedNode
 
@@ -199,3 +203,51 @@ def test_the_status_of_the_mesh_says_who_leads_and_which_revision_counts(cli: Co
     assert "configuration: leader alpha, term 2, 1 voter, revision 1; this node is leader" in cli.out
     found = document(cli, "status")["configuration"]
     assert (found["term"], found["revision"], found["lag_entries"]) == (2, 1, 0)
+
+
+@pytest.mark.usefixtures("agreed")
+def test_a_log_with_a_leader_is_not_recovered(cli: Commands) -> None:
+    assert cli("raft", "recover", "--yes") == 1
+    assert "nothing needs to be recovered" in cli.err
+
+
+def state_folder(tmp_path: Path) -> tuple[str, Path, NodeId]:
+    """A stopped node with a log of its own."""
+    folder = tmp_path / "state-of-a-node"
+    with StateFolder.open(folder) as opened:
+        me = Identity.load(opened).id
+    store = RaftStore.open(folder / LOG_FILE, me)
+    store.found(founded(me, "its-log"))
+    store.close()
+    return str(folder), folder / LOG_FILE, me
+
+
+def test_a_stopped_node_forgets_its_log_and_gets_a_backup_back(cli: Commands, tmp_path: Path) -> None:
+    folder, log_file, me = state_folder(tmp_path)
+    backup = tmp_path / "backup"
+    store = RaftStore.open(log_file, me)
+    store.backup(backup)
+    store.close()
+    assert cli("raft", "restore", str(backup), "--state-folder", folder) == 1
+    assert "exists already" in cli.err
+    moved = document(cli, "raft", "forget", "--state-folder", folder)["moved"]
+    assert (log_file.exists(), Path(moved).exists()) == (False, True)
+    assert document(cli, "raft", "restore", str(backup), "--state-folder", folder)["epoch"] == 1
+    store = RaftStore.open(log_file, me)
+    assert store.load().hard.epoch == 1
+    store.close()
+
+
+def test_a_running_node_is_left_alone(cli: Commands, tmp_path: Path) -> None:
+    folder, log_file, _ = state_folder(tmp_path)
+    with StateFolder.open(Path(folder)):
+        assert cli("raft", "forget", "--state-folder", folder) == 1
+    assert "in use by process" in cli.err
+    assert log_file.exists()
+
+
+def test_a_node_without_a_log_has_nothing_to_forget(cli: Commands, tmp_path: Path) -> None:
+    with StateFolder.open(tmp_path / "fresh"):
+        pass
+    assert document(cli, "raft", "forget", "--state-folder", str(tmp_path / "fresh")) == {"moved": None}
+    assert cli("raft", "forget", "--state-folder", str(tmp_path / "nowhere")) == 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fieldmesh.cli.app import run
 from fieldmesh.client import Client
 from fieldmesh.client.admin import Admin
 from fieldmesh.config import ConsensusSlice
@@ -169,6 +170,13 @@ async def test_a_lone_survivor_goes_on_and_those_who_come_back_are_shown_the_way
     await until(back, lambda status: "raft forget" in status.stopped_why)
     assert (await asked(back, lambda admin: admin.status())).stopped.startswith("the mesh went on without it")
     assert survivor.council.status().voters == (survivor.key.id,)
+
+    await site.close("c")
+    assert await asyncio.to_thread(run, ["raft", "forget", "--state-folder", str(site.folder / "c")]) == 0
+    again = await site.start("c")
+    await seen(again, survivor.council.state.revision)
+    await put(again, "voters/policy", QUICK)
+    await until(survivor, lambda status: status.learners == (again.key.id,))
 
 
 async def until_gone(node: Node) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,8 @@ import typer
 from fieldmesh.cli import terminal
 from fieldmesh.cli.agreed import admin_of
 from fieldmesh.cli.asking import Json, Node
-from fieldmesh.core.errors import ConfigError
+from fieldmesh.core.errors import ConfigError, StateUnwritable
+from fieldmesh.core.model import NodeId
 
 if TYPE_CHECKING:
     from fieldmesh.v1 import admin_pb2 as pb
@@ -208,3 +211,122 @@ def backup(
     finally:
         partial.unlink(missing_ok=True)
     _done(as_json, f"{size} bytes written to {file}.", file=str(file), bytes=size)
+
+
+@app.command()
+def recover(
+    node: Node = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; else only show what may be lost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let the asked node go on alone after most voters were lost for good; show what may be lost by it."""
+    with admin_of(node) as admin:
+        found = admin.recover(confirm=yes)
+    facts = {
+        "done": found.done,
+        "epoch": found.epoch,
+        "given_up": list(found.given_up),
+        "revision": found.revision,
+        "stale_s": found.stale_s if found.HasField("stale_s") else None,
+        "unconfirmed_keys": list(found.unconfirmed_keys),
+    }
+    if as_json:
+        terminal.write_json(facts)
+        return
+    since = f"in the last {found.stale_s:.0f} s" if found.HasField("stale_s") else "since this node started"
+    lines = [
+        f"Voters that are given up: {', '.join(found.given_up) or 'none'}.",
+        f"This node goes on from revision {found.revision}; what only the others held is lost: writes that "
+        f"they confirmed {since}, if this node was behind.",
+    ]
+    if found.unconfirmed_keys:
+        keys = ", ".join(found.unconfirmed_keys)
+        lines.append(f"Writes that may never have been confirmed count from now on: {keys}.")
+    terminal.write("\n".join(lines) + "\n")
+    if found.done:
+        terminal.say(f"This node is the only voter of epoch {found.epoch}; others join again by themselves.")
+    else:
+        terminal.say(
+            "Nothing was done. If the other voters will never come back: the same command with  --yes"
+        )
+
+
+Config = Annotated[Path | None, typer.Option("--config", help="The node's configuration file (TOML).")]
+StateFolderOption = Annotated[
+    str | None, typer.Option("--state-folder", help="The node's state folder, if it is not in the file.")
+]
+Name = Annotated[str | None, typer.Option("--name", help="The node's name, if it is not in the file.")]
+Mesh = Annotated[str | None, typer.Option("--mesh", help="Its mesh, if it is not in the file.")]
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `raft backup` has written, of this very node.")],
+    config: Config = None,
+    state_folder: StateFolderOption = None,
+    name: Name = None,
+    mesh: Mesh = None,
+    as_json: Json = False,
+) -> None:
+    """Put a backup in place of a stopped node's log; it goes on alone, as after `recover`."""
+    from fieldmesh.runtime import raft_store
+
+    with _stopped(config, state_folder, name, mesh) as (node, log_file):
+        stored = raft_store.restore(file, log_file, node)
+    _done(
+        as_json,
+        f"{log_file} holds the log again, epoch {stored.hard.epoch}, with this node as its only voter. Other "
+        "voters of before are refused: run `fieldmesh raft forget` on each, and start it again.",
+        file=str(log_file),
+        epoch=stored.hard.epoch,
+    )
+
+
+@app.command()
+def forget(
+    config: Config = None,
+    state_folder: StateFolderOption = None,
+    name: Name = None,
+    mesh: Mesh = None,
+    as_json: Json = False,
+) -> None:
+    """Move a stopped node's log aside, so that it joins its mesh again without it."""
+    with _stopped(config, state_folder, name, mesh) as (_, log_file):
+        moved = _move_aside(log_file)
+    words = f"The log is now {moved}" if moved else "This node has no log"
+    _done(as_json, f"{words}; start the node, and it follows its mesh.", moved=str(moved) if moved else None)
+
+
+@contextmanager
+def _stopped(
+    config: Path | None, state_folder: str | None, name: str | None, mesh: str | None
+) -> Iterator[tuple[NodeId, Path]]:
+    """The id and the log of a node that is not running. Raises StateFolderInUse while it is."""
+    from fieldmesh.config import load
+    from fieldmesh.runtime.identity import Identity
+    from fieldmesh.runtime.raft_store import LOG_FILE
+    from fieldmesh.runtime.state import StateFolder
+
+    flags = {"node.state_folder": state_folder, "node.name": name, "node.mesh": mesh}
+    folder = load(flags, file=config).config.state_folder
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no state folder; name the node's with --state-folder.", field="node")
+    with StateFolder.open(folder) as opened:
+        yield Identity.load(opened).id, folder / LOG_FILE
+
+
+def _move_aside(log_file: Path) -> Path | None:
+    """Rename a log with the files that SQLite keeps beside it; where it is now."""
+    if not log_file.exists():
+        return None
+    number = 1
+    while (moved := log_file.with_name(f"{log_file.name}.old-{number}")).exists():
+        number += 1
+    try:
+        for suffix in ("-wal", "-shm", ""):
+            beside = log_file.with_name(log_file.name + suffix)
+            if beside.exists():
+                beside.rename(moved.with_name(moved.name + suffix))
+    except OSError as error:
+        raise StateUnwritable(f"{log_file} cannot be moved: {error.strerror}", field=str(log_file)) from error
+    return moved
