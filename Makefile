@@ -97,6 +97,10 @@ sim: dev ## one simulation: SCENARIO=name SEED=number (no SCENARIO lists them)
 sweep: dev ## every scenario over many seeds
 	@$(BIN)/python -m simulations sweep
 
+.PHONY: kill-test
+kill-test: dev ## kills voters 140 times under load and counts what was lost (a quarter of an hour)
+	@$(BIN)/python -m benchmarks.consensus_kills
+
 .PHONY: compose-test
 compose-test: dev wheel ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
 	@$(BIN)/python -m deploy.docker.compose_test
