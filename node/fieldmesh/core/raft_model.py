@@ -435,7 +435,7 @@ class RaftConfig:
     ``command_version`` is the newest command version that this node can apply.
     """
 
-    heartbeat_s: float = 0.15
+    heartbeat_s: float = 0.25
     election_timeout_s: float = 0.75
     entry_bytes_max: int = 256 * 1024
     append_bytes_max: int = 512 * 1024
