@@ -27,7 +27,7 @@ PACKAGE = ROOT / "node" / "fieldmesh"
 # Who alone may import a foreign library: modules, or rooms (ending in a slash), below node/fieldmesh.
 FOREIGN = {
     "pycrdt": ("core/replica",),
-    "llama_cpp": ("engine/llama",),
+    "llama_cpp": ("engine/llama", "engine/encoder"),
     "llguidance": ("engine/grammars",),
     "zeroconf": ("runtime/discovery", "client/discovery"),
     "grpc": ("runtime/", "client/", "v1/"),

@@ -153,6 +153,15 @@ def test_several_answers_and_their_likelihoods_are_asked_for(cli: Commands, node
     assert "answer 1 of 1" in cli.err
 
 
+def test_vectors_are_lines_of_json(cli: Commands, node: ScriptedNode) -> None:
+    assert cli("embed", "--node", str(node.address), "one", "two") == 0
+    vectors = [json.loads(line) for line in cli.out.splitlines()]
+    assert vectors == [pytest.approx([0.6, -0.8])] * 2
+    assert "served by alpha" in cli.err
+    assert cli("embed", "--node", str(node.address), "--json", "one") == 0
+    assert json.loads(cli.out)["prompt_tokens"] == 3
+
+
 def test_a_dash_reads_the_question_from_stdin(
     cli: Commands, node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

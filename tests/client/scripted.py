@@ -219,6 +219,11 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
         text = request.prompt or "".join(message.content for message in request.messages)
         return pb.TokenizeResponse(token_ids=list(text.encode()), model="tiny")
 
+    async def Embed(self, request: Any, context: Any) -> pb.EmbedResponse:  # type: ignore[override]
+        await self._unary(request, context)
+        vectors = [pb.Embedding(values=[0.6, -0.8]) for _ in request.inputs]
+        return pb.EmbedResponse(embeddings=vectors, prompt_tokens=3, profile="code", served_by=self.name)
+
     async def ListModels(self, request: Any, context: Any) -> pb.ListModelsResponse:  # type: ignore[override]
         await self._unary(request, context)
         return pb.ListModelsResponse(models=[self._offer()])

@@ -169,6 +169,17 @@ async def test_what_an_answer_must_match_is_sent_under_its_name(
     assert getattr(node.requests[0].sampling_params, option) == sent
 
 
+async def test_vectors_come_back_in_order_with_who_made_them(driver: Driver, start: Start) -> None:
+    node = await start("alpha")
+    driver.connect(node)
+    made = await driver.call("embed", ["one", "two"], profile="p")
+    assert [len(vector) for vector in made.vectors] == [2, 2]
+    assert made.vectors[0] == pytest.approx((0.6, -0.8))
+    assert (made.prompt_tokens, made.profile, made.served_by) == (3, "code", "alpha")
+    (sent,) = node.requests
+    assert (list(sent.inputs), sent.target.profile) == (["one", "two"], "p")
+
+
 def test_an_answer_can_match_one_thing_only() -> None:
     with pytest.raises(InvalidRequest, match="json_schema and regex"):
         Client("127.0.0.1:1").chat("hello", json_schema={}, regex="a", grammar="")

@@ -283,6 +283,26 @@ async def test_an_engine_lost_before_the_first_token_costs_nothing_but_time(mesh
     assert [attempt.reason for attempt in result.attempts] == ["ENGINE_LOST", "served"]
 
 
+async def test_vectors_come_from_another_node_where_one_engine_is_lost(site: Site) -> None:
+    for name in ("one", "two"):
+        await site.start(name, "general")
+    await site.formed()
+    async with site.client("one") as client:
+        first = await client.embed(["hello", "there"], profile="general")
+        site.engines[first.served_by].lose(EngineState.FAILED)
+        second = await client.embed(["hello", "there"], profile="general")
+    assert {first.served_by, second.served_by} == {"one", "two"}
+    assert first.vectors == second.vectors
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["x"] * 129])
+async def test_texts_that_cannot_be_embedded_are_refused_by_the_field(mesh: Site, texts: list[str]) -> None:
+    async with mesh.client("general") as client:
+        with pytest.raises(InvalidRequest) as caught:
+            await client.embed(texts)
+    assert caught.value.field.startswith("inputs")
+
+
 async def test_an_engine_lost_midway_ends_the_stream_with_the_count_of_tokens(mesh: Site) -> None:
     async with mesh.client("general") as client:
         stream = client.chat("hello", profile="code", max_tokens=2000, ignore_eos=True)

@@ -88,6 +88,19 @@ async def test_a_bias_holds_over_a_hop(client: AsyncClient) -> None:
     assert result.text == "zzzzz"
 
 
+async def test_vectors_come_over_a_hop_and_are_those_of_the_node_itself(
+    mesh: Site, client: AsyncClient
+) -> None:
+    texts = ["the field", "a mesh of nodes", "the field"]
+    made = await client.embed(texts, profile="code")
+    assert (made.served_by, made.profile) == ("code", "code")
+    async with AsyncClient(mesh.nodes["code"].client_address, persistence=ONCE) as there:
+        itself = await there.embed(texts, profile="code")
+    assert made.vectors == itself.vectors
+    assert made.vectors[0] == pytest.approx(made.vectors[2], abs=1e-5)
+    assert made.model_fingerprint == itself.model_fingerprint != ""
+
+
 async def test_a_schema_that_cannot_be_enforced_is_refused_over_a_hop(client: AsyncClient) -> None:
     with pytest.raises(ConstraintInvalid, match="not") as caught:
         await client.chat("hello", profile="code", json_schema={"not": {}}).result()

@@ -1,7 +1,8 @@
-"""`ask` and `chat`. Owns: questions in, answers out, and who served them."""
+"""`ask`, `chat` and `embed`. Owns: questions in, answers out, and who served them."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import deque
@@ -221,6 +222,30 @@ def result_json(result: Result) -> dict[str, Any]:
     if made["explanation"] is None:
         del made["explanation"]
     return made
+
+
+def embed(
+    texts: Annotated[list[str], typer.Argument(help="Texts; - reads one from stdin.")],
+    node: Node = None,
+    domain: Domain = None,
+    profile: Profile = None,
+    model: Model = None,
+    timeout_s: TimeoutS = None,
+    as_json: Json = False,
+) -> None:
+    """Turn texts into vectors of length 1, one line of JSON for each."""
+    from fieldmesh.client import as_json as plain
+
+    inputs = [_from_stdin() if text == "-" else text for text in texts]
+    options = given(domain=domain, profile=profile, model=model, timeout_s=timeout_s)
+    with connect(node) as client:
+        made = client.embed(inputs, **options)
+    if as_json:
+        terminal.write_json(plain(made))
+        return
+    for vector in made.vectors:
+        terminal.write(json.dumps(vector) + "\n")
+    terminal.say(f"served by {made.served_by} (profile {made.profile}) · {made.prompt_tokens} tokens")
 
 
 # --- chat --------------------------------------------------------------------------------

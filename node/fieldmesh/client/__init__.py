@@ -11,7 +11,7 @@ from fieldmesh.client.aio import AsyncClient, AsyncStream
 from fieldmesh.client.calls import Options
 from fieldmesh.client.failover import Persistence
 from fieldmesh.client.health import serving
-from fieldmesh.client.records import Choice, Mesh, Node, NodeLoad, Offer, Result, Tokens, as_json
+from fieldmesh.client.records import Choice, Embedded, Mesh, Node, NodeLoad, Offer, Result, Tokens, as_json
 from fieldmesh.client.sync import Client, Stream
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import Address, Chunk, Message
@@ -23,6 +23,7 @@ __all__ = [
     "Choice",
     "Chunk",
     "Client",
+    "Embedded",
     "FieldmeshError",
     "Mesh",
     "Message",

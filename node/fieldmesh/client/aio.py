@@ -19,7 +19,7 @@ import grpc.aio
 from fieldmesh.client import calls, records
 from fieldmesh.client.calls import Options, TargetOptions, Turns
 from fieldmesh.client.failover import AddressBook, Attempts, Persistence
-from fieldmesh.client.records import Mesh, NodeLoad, Offer, Reply, Result, Tokens
+from fieldmesh.client.records import Embedded, Mesh, NodeLoad, Offer, Reply, Result, Tokens
 from fieldmesh.core.errors import Cancelled, FieldmeshError
 from fieldmesh.core.model import Address, Ask, Chunk
 from fieldmesh.v1 import inference_pb2 as pb
@@ -113,6 +113,21 @@ class AsyncClient:
         answer: pb.TokenizeResponse = await self._unary(InferenceServiceStub, "Tokenize", request, timeout_s)
         return Tokens(token_ids=tuple(answer.token_ids), model=answer.model)
 
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[TargetOptions],
+    ) -> Embedded:
+        """Vectors of 1 to 128 texts."""
+        request = calls.embed_request(texts, options)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        answer: pb.EmbedResponse = await self._unary(
+            InferenceServiceStub, "Embed", request, timeout_s, slow=True
+        )
+        return records.embedded_from_proto(answer)
+
     async def models(self, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> tuple[Offer, ...]:
         """What the mesh offers: one entry for each profile of each node."""
         answer: pb.ListModelsResponse = await self._unary(
@@ -174,7 +189,10 @@ class AsyncClient:
             self._book = AddressBook(address for node in found for address in node)
         return Attempts(self._book, self._persistence, deadline)
 
-    async def _unary(self, stub: type[Any], method: str, request: object, timeout_s: float | None) -> Any:
+    async def _unary(
+        self, stub: type[Any], method: str, request: object, timeout_s: float | None, *, slow: bool = False
+    ) -> Any:
+        """One short call; ``slow`` ones compute something and may take all the time there is."""
         attempts = await self._begin(timeout_s)
         while True:
             address = attempts.next_address(time.monotonic())
@@ -182,12 +200,13 @@ class AsyncClient:
             try:
                 with self._link(address) as link:
                     answer = await getattr(stub(link.channel), method)(
-                        request, timeout=calls.unary_timeout_s(left_s)
+                        request, timeout=left_s if slow else calls.unary_timeout_s(left_s)
                     )
                 self._book.answered(address)
                 return answer
             except grpc.aio.AioRpcError as failure:
-                error = calls.unary_error(calls.translated(failure, address), address, left_s)
+                error = calls.translated(failure, address)
+                error = error if slow else calls.unary_error(error, address, left_s)
             await asyncio.sleep(
                 attempts.failed(
                     address, error, time.monotonic(), tokens_delivered=None, jitter=random.random()

@@ -133,7 +133,7 @@ class Options(TypedDict, total=False):
 
 
 class TargetOptions(TypedDict, total=False):
-    """Whose tokenizer ``tokenize`` uses; see ``Options``."""
+    """Whose model ``tokenize`` and ``embed`` use; see ``Options``."""
 
     profile: str
     model: str
@@ -249,6 +249,15 @@ def tokenize_request(turns_or_text: Turns, options: TargetOptions) -> inference_
         else:
             sent.messages.extend(codec.messages_to_proto(messages(turns_or_text)))
         return sent
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"The request cannot be sent as it is: {error}") from error
+
+
+def embed_request(texts: str | Sequence[str], options: TargetOptions) -> inference_pb2.EmbedRequest:
+    """The message that asks for the vectors of texts."""
+    inputs = [texts] if isinstance(texts, str) else list(texts)
+    try:
+        return inference_pb2.EmbedRequest(target=codec.target_to_proto(target(options)), inputs=inputs)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"The request cannot be sent as it is: {error}") from error
 

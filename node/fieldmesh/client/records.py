@@ -142,6 +142,19 @@ class Tokens:
     model: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """Vectors of length 1, one for each text; compare only those of one ``model_fingerprint``."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+    profile: str
+    model: str
+    model_fingerprint: str
+    served_by: str
+    served_by_id: str
+
+
 def as_json(record: object) -> Any:
     """``record`` (or several) as plain JSON: enums by value, bytes as text, no finite number as null."""
     return _finite(msgspec.to_builtins(record, builtin_types=(bytes,), enc_hook=str))
@@ -275,6 +288,20 @@ class Reply:
             choices=self._choices(core.completion),
             explanation=core.explanation,
         )
+
+
+def embedded_from_proto(response: inference_pb2.EmbedResponse) -> Embedded:
+    """Vectors of texts."""
+    made = codec.embeddings_from_proto(response)
+    return Embedded(
+        vectors=made.vectors,
+        prompt_tokens=made.prompt_tokens,
+        profile=response.profile,
+        model=response.model,
+        model_fingerprint=response.model_fingerprint,
+        served_by=response.served_by,
+        served_by_id=response.served_by_id,
+    )
 
 
 def offer_from_proto(entry: inference_pb2.ModelEntry) -> Offer:

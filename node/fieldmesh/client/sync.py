@@ -21,7 +21,7 @@ import grpc
 from fieldmesh.client import calls, records
 from fieldmesh.client.calls import Options, TargetOptions, Turns
 from fieldmesh.client.failover import AddressBook, Attempts, Persistence
-from fieldmesh.client.records import Mesh, NodeLoad, Offer, Reply, Result, Tokens
+from fieldmesh.client.records import Embedded, Mesh, NodeLoad, Offer, Reply, Result, Tokens
 from fieldmesh.core.errors import Cancelled, FieldmeshError
 from fieldmesh.core.model import Address, Ask, Chunk
 from fieldmesh.v1 import inference_pb2 as pb
@@ -110,6 +110,19 @@ class Client:
         answer: pb.TokenizeResponse = self._unary(InferenceServiceStub, "Tokenize", request, timeout_s)
         return Tokens(token_ids=tuple(answer.token_ids), model=answer.model)
 
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[TargetOptions],
+    ) -> Embedded:
+        """Vectors of 1 to 128 texts."""
+        request = calls.embed_request(texts, options)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        answer: pb.EmbedResponse = self._unary(InferenceServiceStub, "Embed", request, timeout_s, slow=True)
+        return records.embedded_from_proto(answer)
+
     def models(self, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> tuple[Offer, ...]:
         """What the mesh offers: one entry for each profile of each node."""
         request = pb.ListModelsRequest()
@@ -186,19 +199,23 @@ class Client:
         with self._lock:
             self._book.answered(address)
 
-    def _unary(self, stub: type[Any], method: str, request: object, timeout_s: float | None) -> Any:
+    def _unary(
+        self, stub: type[Any], method: str, request: object, timeout_s: float | None, *, slow: bool = False
+    ) -> Any:
+        """One short call; ``slow`` ones compute something and may take all the time there is."""
         attempts = self._begin(timeout_s)
         while True:
             address, left_s = self._next(attempts)
             try:
                 with self._link(address) as link:
                     answer = getattr(stub(link.channel), method)(
-                        request, timeout=calls.unary_timeout_s(left_s)
+                        request, timeout=left_s if slow else calls.unary_timeout_s(left_s)
                     )
                 self._answered(address)
                 return answer
             except grpc.RpcError as failure:
-                error = calls.unary_error(calls.translated(failure, address), address, left_s)
+                error = calls.translated(failure, address)
+                error = error if slow else calls.unary_error(error, address, left_s)
             self._failed(attempts, address, error)
 
     @contextmanager

@@ -178,7 +178,7 @@ class Phase(Enum):
 
 _UNKNOWN_NAME = (errors.ProfileNotFound, errors.ModelNotFound, errors.DomainNotFound)
 # What another node would answer differently. Everything else is the caller's own, or the deadline.
-_MOVES_ON = (
+MOVES_ON = (
     errors.QueueFull,
     errors.TooManyStreams,
     errors.NoCandidate,
@@ -373,7 +373,7 @@ class Dispatch:
         tried = self._nodes_full if isinstance(error, errors.QueueFull) else self._nodes_failed
         tried.add(self._candidate.member.id)
         self._candidate = None
-        moves_on = isinstance(error, _MOVES_ON)
+        moves_on = isinstance(error, MOVES_ON)
         if self.tokens_delivered:
             return self._fail(self._lost_midway(error) if moves_on else error)
         self._engines_lost += isinstance(error, errors.EngineLost)
@@ -459,7 +459,7 @@ class Dispatch:
         if self.phase is not Phase.RUNNING:
             return self._fail(error)
         self._record(error.code)
-        lost = self.tokens_delivered and isinstance(error, _MOVES_ON)
+        lost = self.tokens_delivered and isinstance(error, MOVES_ON)
         return [Cancel(epoch=self._epoch), *self._fail(self._lost_midway(error) if lost else error)]
 
     def _too_late(self) -> FieldmeshError:

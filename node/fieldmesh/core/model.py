@@ -319,6 +319,14 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """Vectors of length 1, one a text, and the tokens that the texts had together."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """One try at serving a request. ``reason`` is ``served`` or the code of the error that ended it.
 

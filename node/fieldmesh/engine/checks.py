@@ -12,6 +12,7 @@ GENERATION_ID_CHARACTERS_MAX = 128
 PROMPT_BYTES_MAX = 4 << 20
 MESSAGES_MAX = 4096
 TOKENS_MAX = 1 << 20
+EMBED_TEXTS_MAX = 128
 STOPS_MAX = 16
 STOP_CHARACTERS_MAX = 256
 STOP_TOKEN_IDS_MAX = 64
@@ -73,6 +74,20 @@ def check_prompt(prompt: Prompt) -> None:
         raise PromptTooLong(
             f"the prompt has {size} bytes; at most {PROMPT_BYTES_MAX} are read", field="prompt"
         )
+
+
+def check_texts(texts: tuple[str, ...]) -> None:
+    """Raise InvalidRequest or PromptTooLong unless they can be embedded."""
+    if not 1 <= len(texts) <= EMBED_TEXTS_MAX:
+        raise InvalidRequest(
+            f"inputs has {len(texts)} texts; accepted are 1 to {EMBED_TEXTS_MAX}", field="inputs"
+        )
+    for index, text in enumerate(texts):
+        if not text:
+            raise InvalidRequest(f"inputs[{index}] is empty", field=f"inputs[{index}]")
+    size = sum(_utf8_bytes(text, "inputs") for text in texts)
+    if size > PROMPT_BYTES_MAX:
+        raise PromptTooLong(f"inputs have {size} bytes; at most {PROMPT_BYTES_MAX} are read", field="inputs")
 
 
 def check_sampling(sampling: Sampling) -> None:

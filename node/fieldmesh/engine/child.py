@@ -79,9 +79,12 @@ def _serve(channel: _Channel, loop: EngineLoop) -> None:
         reports += expired
         if reports:  # what was refused or accepted need not wait for a step
             channel.send(reports)
-        busy = bool(plan.slices)
-        if busy:
+        streams = bool(plan.slices)
+        if streams:
             channel.send(loop.run(plan, time.monotonic))
+        if loop.embeddings and (done := loop.embed(time.monotonic(), beside_streams=streams)):
+            channel.send(done)
+        busy = streams or bool(loop.embeddings)
 
 
 def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineInfo, Grammars]:

@@ -18,6 +18,7 @@ from fieldmesh.core.errors import Internal
 from fieldmesh.core.model import EngineState, Logprobs, Sampling, TokenLogprob
 from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.cost import CostModel, prompt_digest, token_at
+from fieldmesh.engine.embeddings import Pooling
 from fieldmesh.engine.frames import Command, Ready
 from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
@@ -47,6 +48,7 @@ class FakeModel:
     vocabulary_tokens = FAKE_VOCABULARY_TOKENS
     end_tokens = frozenset({_EOS})
     cuttable = True
+    pooling = Pooling.MEAN
     chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     bos = ""
     eos = ""
@@ -60,6 +62,14 @@ class FakeModel:
         if token < _BYTES:
             return bytes([token])
         return f" {_WORDS[token - _FIRST_WORD]}".encode() if token >= _FIRST_WORD else b""
+
+    def embed(self, slices: Sequence[Slice]) -> list[tuple[float, ...]]:
+        """A token's row depends on the token alone."""
+        return [
+            tuple(byte - 127.5 for byte in prompt_digest((token,)))
+            for piece in slices
+            for token in piece.token_ids
+        ]
 
     def place(self, places: Sequence[Place]) -> list[int]:
         """Nothing is computed, so nothing needs its place."""
@@ -203,6 +213,11 @@ class FakeEngine(EngineFront):
                 await self._clock.sleep(self._cost.step_s(plan))
                 for report in loop.run(plan, self._clock.now):
                     self._take(report)
+            if loop.embeddings:
+                await self._clock.sleep(self._cost.step_base_s)
+                for report in loop.embed(self._clock.now(), beside_streams=busy):
+                    self._take(report)
+                busy = busy or bool(loop.embeddings)
 
     async def _wait_for_command(self, deadline: float | None) -> None:
         """Return when a command is there or ``deadline`` has come."""

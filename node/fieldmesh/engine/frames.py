@@ -67,11 +67,19 @@ class Tokenize(_Message, frozen=True):
     prompt: Prompt
 
 
+class Embed(_Message, frozen=True):
+    """Ask for the vectors of texts; ``deadline`` as in ``Submit``."""
+
+    key: int
+    texts: tuple[str, ...]
+    deadline: float | None
+
+
 class Ping(_Message, frozen=True):
     """Ask for ``Statistics``, to see whether the engine still moves."""
 
 
-Command = Configure | Submit | Cancel | Pause | Resume | Tokenize | Ping
+Command = Configure | Submit | Cancel | Pause | Resume | Tokenize | Embed | Ping
 
 
 # --- engine to host ----------------------------------------------------------------------
@@ -142,6 +150,14 @@ class StepTiming(_Message, frozen=True):
     sampled: int
 
 
+class Embedded(_Message, frozen=True):
+    """The answer to ``Embed``: a vector of length 1 for each text."""
+
+    key: int
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+
+
 class Statistics(_Message, frozen=True):
     """Sent with every step: how busy the engine is, how many steps it has made, and how the last one went
     (None where this is no step's report)."""
@@ -151,7 +167,7 @@ class Statistics(_Message, frozen=True):
     timing: StepTiming | None = None
 
 
-Report = Loading | Ready | Failed | Accepted | Tokens | Done | Tokenized | Statistics
+Report = Loading | Ready | Failed | Accepted | Tokens | Done | Tokenized | Embedded | Statistics
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(list[Command])

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from typing import assert_never
+from collections.abc import AsyncIterator, Callable
+from typing import Any, assert_never
 
 from fieldmesh.core.errors import EngineLost, EngineNotReady, QueueFull
-from fieldmesh.core.model import EngineState, Load, Prompt
-from fieldmesh.engine.checks import check_job, check_prompt
+from fieldmesh.core.model import Embeddings, EngineState, Load, Prompt
+from fieldmesh.engine.checks import check_job, check_prompt, check_texts
 from fieldmesh.engine.frames import (
     Accepted,
+    Cancel,
     Command,
     Done,
+    Embed,
+    Embedded,
     Failed,
     Loading,
     Ready,
@@ -35,7 +38,7 @@ from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.engine.streams import Streams
 from fieldmesh.engine.tally import EngineTally
 
-TOKENIZE_WAITING_MAX = 64
+QUESTIONS_MAX = 64
 
 
 class EngineFront(ABC):
@@ -49,7 +52,7 @@ class EngineFront(ABC):
         self.steps = 0
         self.tally = EngineTally()
         self._watch = LoadWatch(settings)
-        self._tokenizing: dict[int, asyncio.Future[tuple[int, ...]]] = {}
+        self._questions: dict[int, asyncio.Future[Report]] = {}
         self._streams = Streams(
             self._send,
             jobs_max=settings.slots + settings.queue_max,
@@ -89,17 +92,32 @@ class EngineFront(ABC):
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt (messages pass through the chat template first)."""
         check_prompt(prompt)
+        answer: Tokenized = await self._asked(lambda key: Tokenize(key, prompt))
+        return answer.token_ids
+
+    async def embed(self, texts: tuple[str, ...], *, deadline_s: float | None = None) -> Embeddings:
+        """A vector of length 1 for each text, pooled as the model was made for."""
+        check_texts(texts)
+        deadline = None if deadline_s is None else self._now() + deadline_s
+        answer: Embedded = await self._asked(lambda key: Embed(key, texts, deadline))
+        return Embeddings(vectors=answer.vectors, prompt_tokens=answer.prompt_tokens)
+
+    async def _asked(self, command: Callable[[int], Command]) -> Any:
+        """The report that answers a command. A caller who leaves cancels it."""
         self._demand_ready()
-        if len(self._tokenizing) >= TOKENIZE_WAITING_MAX:
-            raise QueueFull("too many prompts wait for the tokenizer; ask again later", retry_after_s=1.0)
+        if len(self._questions) >= QUESTIONS_MAX:
+            raise QueueFull("too many texts wait for the engine; ask again later", retry_after_s=1.0)
         key = self._streams.next_key()
-        future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
-        self._tokenizing[key] = future
+        future: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        self._questions[key] = future
         try:
-            self._send(Tokenize(key, prompt))
+            self._send(command(key))
             return await future
+        except asyncio.CancelledError:
+            self._send(Cancel(key))
+            raise
         finally:
-            del self._tokenizing[key]
+            del self._questions[key]
 
     def load(self) -> Load:
         """The latest statistics; never blocks."""
@@ -130,12 +148,12 @@ class EngineFront(ABC):
             case Failed() if report.key == 0:
                 raise rebuilt(report)
             case Failed():
-                if future := self._tokenizing.get(report.key):
+                if future := self._questions.get(report.key):
                     _fail(future, rebuilt(report))
                 self._streams.take(report)
-            case Tokenized():
-                if (future := self._tokenizing.get(report.key)) and not future.done():
-                    future.set_result(report.token_ids)
+            case Tokenized() | Embedded():
+                if (future := self._questions.get(report.key)) and not future.done():
+                    future.set_result(report)
             case Statistics():
                 self.steps = report.steps
                 if report.timing is not None:
@@ -154,10 +172,10 @@ class EngineFront(ABC):
         self.last_loss = reason
         self._watch.set_state(state)
         self._streams.fail_all(lambda: EngineLost(f"{reason}; the generation can be asked for again"))
-        for future in self._tokenizing.values():
+        for future in self._questions.values():
             _fail(future, EngineLost(reason))
 
 
-def _fail(future: asyncio.Future[tuple[int, ...]], error: Exception) -> None:
+def _fail(future: asyncio.Future[Report], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)

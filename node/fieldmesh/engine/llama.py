@@ -24,6 +24,8 @@ import numpy as np
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Sampling
 from fieldmesh.core.steps import Place, Slice
+from fieldmesh.engine.embeddings import Pooling
+from fieldmesh.engine.encoder import Encoder, Rows, pooling_of
 from fieldmesh.engine.grammars import Vocabulary
 from fieldmesh.engine.likelihood import Logits, logprobs
 from fieldmesh.engine.loop import Drawn, Walk
@@ -68,6 +70,8 @@ class LlamaModel:
         self._copy = memoryview(bytearray())
         self._copy_bytes = 0
         self._pieces: dict[int, bytes] = {}
+        self._settings = settings
+        self._encoder: Encoder | None = None
         self._ends = frozenset(
             t for t in range(self.vocabulary_tokens) if lib.llama_vocab_is_eog(self._vocab, t)
         )
@@ -119,6 +123,19 @@ class LlamaModel:
                 f"set it to at most {trained}",
                 field="context_tokens",
             )
+
+    # --- embeddings -------------------------------------------------------------------------
+
+    @property
+    def pooling(self) -> Pooling:
+        """How texts become vectors."""
+        return pooling_of(self._model)
+
+    def embed(self, slices: Sequence[Slice]) -> Rows:
+        """A row for each token, from a context of its own that is made for the first text."""
+        if self._encoder is None:
+            self._encoder = Encoder(self._model, self._settings)
+        return self._encoder.embed(slices)
 
     # --- tokens -----------------------------------------------------------------------------
 
@@ -291,6 +308,8 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free everything."""
+        if self._encoder is not None:
+            self._encoder.close()
         lib.llama_batch_free(self._batch)
         lib.llama_free(self._context)
         lib.llama_model_free(self._model)

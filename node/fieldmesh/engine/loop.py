@@ -33,12 +33,14 @@ from fieldmesh.core.steps import Output, Place, Sampled, Slice, StepPlan, Work
 from fieldmesh.core.text import TextStream
 from fieldmesh.engine.chat import ChatTemplate
 from fieldmesh.engine.checks import check_token_ids
+from fieldmesh.engine.embeddings import EmbeddingQueue, Pooling
 from fieldmesh.engine.frames import (
     Accepted,
     Cancel,
     Command,
     Configure,
     Done,
+    Embed,
     Pause,
     Ping,
     Report,
@@ -115,6 +117,8 @@ class Model(Protocol):
     def bos(self) -> str: ...
     @property
     def eos(self) -> str: ...
+    @property
+    def pooling(self) -> Pooling: ...
 
     def tokenize(self, text: str, *, add_bos: bool) -> tuple[int, ...]:
         """Token ids of a text."""
@@ -122,6 +126,10 @@ class Model(Protocol):
 
     def piece(self, token: int) -> bytes:
         """A token's bytes."""
+        ...
+
+    def embed(self, slices: Sequence[Slice]) -> Any:
+        """An array with a row for each token of the slices, in order; not of the running sequences."""
         ...
 
     def place(self, places: Sequence[Place]) -> list[int]:
@@ -190,6 +198,7 @@ class EngineLoop:
         self._stepped_at = 0.0
         self._grammars = grammars
         self._uncompiled: dict[int, Submit] = {}
+        self.embeddings = EmbeddingQueue(model.embed, model.pooling)
         source = settings.chat_template or model.chat_template
         self._chat = ChatTemplate(source, bos=model.bos, eos=model.eos) if source else None
 
@@ -222,7 +231,10 @@ class EngineLoop:
                 return self._answer(
                     command.key, lambda: [Tokenized(command.key, self._tokenize(command.prompt))]
                 )
+            case Embed():
+                return self._answer(command.key, lambda: self._embed(command))
             case Cancel():
+                self.embeddings.cancel(command.key)
                 self._uncompiled.pop(command.key, None)
                 self.batcher.cancel(str(command.key))
                 self._forget(str(command.key))
@@ -244,6 +256,25 @@ class EngineLoop:
             return work()
         except FieldmeshError as error:
             return [failed(key, error)]
+
+    def _embed(self, command: Embed) -> list[Report]:
+        texts = []
+        for index, text in enumerate(command.texts):
+            field = f"inputs[{index}]"
+            self._check_length(text, field)
+            texts.append(self._model.tokenize(text, add_bos=True))
+            if not 0 < len(texts[-1]) <= self._settings.context_tokens:
+                raise PromptTooLong(
+                    f"{field} has {len(texts[-1])} tokens; accepted are 1 to {self._settings.context_tokens}",
+                    field=field,
+                )
+        self.embeddings.add(command.key, texts, command.deadline)
+        return []
+
+    def embed(self, now: float, *, beside_streams: bool) -> list[Report]:
+        """One pass over the texts that wait to be embedded, a small one where streams run."""
+        tokens_max = self._settings.mixed_tokens if beside_streams else self._settings.prefill_tokens
+        return self.embeddings.step(tokens_max, now)
 
     def collect(self, now: float) -> list[Report]:
         """Go on with the jobs whose constraints were compiled meanwhile."""
@@ -352,14 +383,14 @@ class EngineLoop:
         check_token_ids(prompt.token_ids, self._model.vocabulary_tokens, "prompt.token_ids")
         return prompt.token_ids
 
-    def _check_length(self, text: str) -> None:
+    def _check_length(self, text: str, field: str = "prompt") -> None:
         """Refuse a text that cannot fit before spending the running streams' time on its tokens."""
         characters_max = self._settings.context_tokens * CHARACTERS_PER_TOKEN_MAX
         if len(text) > characters_max:
             raise PromptTooLong(
-                f"the prompt has {len(text)} characters; at most {characters_max} are read for a context of "
+                f"{field} has {len(text)} characters; at most {characters_max} are read for a context of "
                 f"{self._settings.context_tokens} tokens",
-                field="prompt",
+                field=field,
                 metadata={"context_tokens": str(self._settings.context_tokens)},
             )
 

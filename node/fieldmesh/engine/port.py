@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fieldmesh.core.model import Chunk, Completion, Load, Priority, Prompt, Sampling
+from fieldmesh.core.model import Chunk, Completion, Embeddings, Load, Priority, Prompt, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,13 @@ class Engine(Protocol):
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt (messages pass through the chat template first)."""
+        ...
+
+    async def embed(self, texts: tuple[str, ...], *, deadline_s: float | None = None) -> Embeddings:
+        """A vector of length 1 for each text, pooled as the model was made for.
+
+        Raises QueueFull, PromptTooLong, InvalidRequest, EngineLost, EngineNotReady, DeadlineExceeded.
+        """
         ...
 
     def load(self) -> Load:

@@ -21,6 +21,7 @@ from fieldmesh.core.model import (
     Choice,
     Chunk,
     Completion,
+    Embeddings,
     EngineState,
     Explanation,
     FinishReason,
@@ -38,10 +39,12 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.rpc.sampling import fill_params, overrides_from_proto, token_ids
 from fieldmesh.v1 import inference_pb2 as pb
+from fieldmesh.v1 import peer_pb2
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 ROLES: Final = ("system", "user", "assistant", "tool")
 NAME_CHARS_MAX: Final = 128
+EMBED_TEXTS_MAX: Final = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,38 @@ def prompt_from_tokenize(request: pb.TokenizeRequest, limits: RequestLimits) -> 
     if request.messages:
         return Prompt(messages=_messages(request.messages, limits))
     return Prompt(text=_text("prompt", request.prompt, limits))
+
+
+def texts_from_embed(request: pb.EmbedRequest, limits: RequestLimits) -> tuple[str, ...]:
+    """What to embed. Raises InvalidRequest."""
+    texts = tuple(request.inputs)
+    if not 1 <= len(texts) <= EMBED_TEXTS_MAX:
+        raise InvalidRequest(
+            f"inputs has {len(texts)} texts; accepted are 1 to {EMBED_TEXTS_MAX}", field="inputs"
+        )
+    for index, text in enumerate(texts):
+        if not text:
+            raise InvalidRequest(
+                f"inputs[{index}] is empty; send at least one character", field=f"inputs[{index}]"
+            )
+    if sum(len(text.encode()) for text in texts) > limits.prompt_bytes_max:
+        raise InvalidRequest(
+            f"inputs are larger than {limits.prompt_bytes_max} bytes of UTF-8 together", field="inputs"
+        )
+    return texts
+
+
+def embeddings_to_proto(embeddings: Embeddings) -> list[pb.Embedding]:
+    """Vectors."""
+    return [pb.Embedding(values=vector) for vector in embeddings.vectors]
+
+
+def embeddings_from_proto(response: pb.EmbedResponse | peer_pb2.EmbedForwardedResponse) -> Embeddings:
+    """Vectors, and how many tokens they are of."""
+    return Embeddings(
+        vectors=tuple(tuple(embedding.values) for embedding in response.embeddings),
+        prompt_tokens=response.prompt_tokens,
+    )
 
 
 def target_from_proto(target: pb.Target) -> Target:

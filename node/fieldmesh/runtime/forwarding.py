@@ -7,7 +7,18 @@ from collections.abc import AsyncGenerator, Callable
 import grpc
 
 from fieldmesh.core.errors import Cancelled, FieldmeshError, NodeUnreachable
-from fieldmesh.core.model import Address, Ask, Chunk, Completion, Member, NodeId, Prompt, RequestId, Result
+from fieldmesh.core.model import (
+    Address,
+    Ask,
+    Chunk,
+    Completion,
+    Embeddings,
+    Member,
+    NodeId,
+    Prompt,
+    RequestId,
+    Result,
+)
 from fieldmesh.core.routing import Candidate
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
@@ -104,6 +115,19 @@ class Forwarder:
         except grpc.aio.AioRpcError as error:
             raise _translated(error, candidate.member) from None
         return tuple(response.token_ids), response.model
+
+    async def embed(self, candidate: Candidate, texts: tuple[str, ...], *, deadline_s: float) -> Embeddings:
+        """Vectors of texts by the candidate's model."""
+        request = peer_pb2.EmbedForwardedRequest(
+            profile=candidate.offer.name, request=inference_pb2.EmbedRequest(inputs=texts)
+        )
+        try:
+            response = await self._stub(candidate.member).EmbedForwarded(
+                request, timeout=max(0.001, deadline_s - HOP_BUDGET_S)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error, candidate.member) from None
+        return wire.embeddings_from_proto(response)
 
     def _stub(self, member: Member) -> peer_pb2_grpc.PeerServiceAsyncStub:
         return peer_pb2_grpc.PeerServiceStub(self._channels(member.address))

@@ -57,6 +57,21 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         return pb.TokenizeResponse(token_ids=token_ids, model=model)
 
     @guarded
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        texts = wire.texts_from_embed(request, self._limits())
+        target = wire.target_from_proto(request.target)
+        made, by = await self._service.embed(texts, target, deadline_s=context.time_remaining())
+        return pb.EmbedResponse(
+            embeddings=wire.embeddings_to_proto(made),
+            prompt_tokens=made.prompt_tokens,
+            profile=by.offer.name,
+            model=by.offer.model,
+            model_fingerprint=by.offer.fingerprint,
+            served_by_id=by.member.id,
+            served_by=by.member.name,
+        )
+
+    @guarded
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         offers = [offer for member in self._service.view.members for offer in _offers(member)]
         return pb.ListModelsResponse(models=offers)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from fieldmesh.core.errors import EngineNotReady, ProfileNotFound
-from fieldmesh.core.model import Ask, Chunk, Completion, FinishReason, Prompt, RequestId, Usage
+from fieldmesh.core.model import Ask, Chunk, Completion, Embeddings, FinishReason, Prompt, RequestId, Usage
 from fieldmesh.engine.port import Engine, EngineInfo, Job, JobEvent, Started
 from fieldmesh.profiles import Profile
 from fieldmesh.runtime.choices import choice_samplings, together
@@ -97,6 +97,10 @@ class LocalRuns:
         hosted = self.ready(profile)
         assert hosted.info is not None
         return await hosted.engine.tokenize(prompt), hosted.info.model
+
+    async def embed(self, profile: str, texts: tuple[str, ...], deadline_s: float | None) -> Embeddings:
+        """Vectors of texts. Raises what ``Engine.embed`` raises, ProfileNotFound and EngineNotReady."""
+        return await self.ready(profile).engine.embed(texts, deadline_s=deadline_s)
 
 
 async def paced(

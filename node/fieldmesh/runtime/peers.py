@@ -141,3 +141,13 @@ class Peers:
         prompt = wire.prompt_from_tokenize(request.request, self._limits())
         token_ids, model = await self._service.local.tokenize(request.profile, prompt)
         return peer_pb2.TokenizeForwardedResponse(token_ids=token_ids, model=model)
+
+    @guarded
+    async def EmbedForwarded(
+        self, request: peer_pb2.EmbedForwardedRequest, context: Context
+    ) -> peer_pb2.EmbedForwardedResponse:
+        texts = wire.texts_from_embed(request.request, self._limits())
+        made = await self._service.local.embed(request.profile, texts, context.time_remaining())
+        return peer_pb2.EmbedForwardedResponse(
+            embeddings=wire.embeddings_to_proto(made), prompt_tokens=made.prompt_tokens
+        )

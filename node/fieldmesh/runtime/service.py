@@ -10,15 +10,16 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
-from fieldmesh.core.dispatch import DispatchConfig, Entry, Phase, Start, ViewMoved
+from fieldmesh.core.dispatch import MOVES_ON, DispatchConfig, Entry, Phase, Start, ViewMoved
 from fieldmesh.core.effective import Rules
-from fieldmesh.core.errors import Cancelled, Draining, TooManyStreams
+from fieldmesh.core.errors import Cancelled, Draining, FieldmeshError, TooManyStreams
 from fieldmesh.core.model import (
     Ask,
     Chunk,
+    Embeddings,
     Member,
     MeshView,
     NodeId,
@@ -28,7 +29,7 @@ from fieldmesh.core.model import (
     Result,
     Target,
 )
-from fieldmesh.core.routing import Need
+from fieldmesh.core.routing import Candidate, Need
 from fieldmesh.core.tally import Histogram
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
@@ -36,6 +37,7 @@ from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.router import Router, need_of
 
 ABORT_TIMEOUT_S = 2.0
+EMBED_TIMEOUT_S = 600.0
 SWEEP_INTERVAL_S = 10.0
 TTFT_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 LATENCY_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -225,6 +227,31 @@ class Service:
         if candidate.member.id == self.entry.node:
             return await self.local.tokenize(candidate.offer.name, prompt)
         return await self._forwarder.tokenize(candidate, prompt)
+
+    async def embed(
+        self, texts: tuple[str, ...], target: Target, *, deadline_s: float | None
+    ) -> tuple[Embeddings, Candidate]:
+        """Vectors of texts, and who made them. Another node is asked where one is lost or full; raises the
+        last one's error, or what routing raises."""
+        if self._draining:
+            raise Draining("This node is leaving; ask another one", retry_after_s=0.0)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + (EMBED_TIMEOUT_S if deadline_s is None else deadline_s)
+        need = Need(profile=target.profile, model=target.model, domain=target.domain, hops_left=1)
+        failed: frozenset[NodeId] = frozenset()
+        last: FieldmeshError | None = None
+        while True:
+            try:
+                candidate = self.router.choose(replace(need, failed=failed)).candidates[0]
+            except FieldmeshError as error:
+                raise last or error from None
+            left_s = max(0.0, until - loop.time())
+            try:
+                if candidate.member.id == self.entry.node:
+                    return await self.local.embed(candidate.offer.name, texts, left_s), candidate
+                return await self._forwarder.embed(candidate, texts, deadline_s=left_s), candidate
+            except MOVES_ON as error:
+                failed, last = failed | {candidate.member.id}, error
 
     def drain(self) -> None:
         """Take no new requests from now on."""

@@ -51,6 +51,11 @@ class InferenceServiceStub:
                 request_serializer=fieldmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=fieldmesh_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/fieldmesh.v1.InferenceService/Embed',
+                request_serializer=fieldmesh_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/fieldmesh.v1.InferenceService/ListModels',
                 request_serializer=fieldmesh_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -95,6 +100,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Embed turns texts into vectors, at the node that would serve the target.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """ListModels lists what the mesh offers, as the node that is asked sees it.
         """
@@ -133,6 +145,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=fieldmesh_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=fieldmesh_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=fieldmesh_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -233,6 +250,33 @@ class InferenceService:
             '/fieldmesh.v1.InferenceService/Tokenize',
             fieldmesh_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             fieldmesh_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fieldmesh.v1.InferenceService/Embed',
+            fieldmesh_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class InferenceServiceStub:
     """Chat continues a conversation through the chat template of the model that answers."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize returns the token ids that a prompt has at the node that would serve it."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Embed turns texts into vectors, at the node that would serve the target."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """ListModels lists what the mesh offers, as the node that is asked sees it."""
     GetLoads: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetLoadsRequest, _inference_pb2.GetLoadsResponse]
@@ -65,6 +67,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Chat continues a conversation through the chat template of the model that answers."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize returns the token ids that a prompt has at the node that would serve it."""
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embed turns texts into vectors, at the node that would serve the target."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """ListModels lists what the mesh offers, as the node that is asked sees it."""
     GetLoads: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetLoadsRequest, _inference_pb2.GetLoadsResponse]  # type: ignore[assignment]
@@ -102,6 +106,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Tokenize returns the token ids that a prompt has at the node that would serve it."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Embed turns texts into vectors, at the node that would serve the target."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from fieldmesh.v1 import inference_pb2 as fieldmesh_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ieldmesh/v1/peer.proto\x12\x0c\x66ieldmesh.v1\x1a\x1c\x66ieldmesh/v1/inference.proto\"\xee\x01\n\x0e\x46orwardRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04path\x18\x03 \x03(\t\x12\x11\n\thops_left\x18\x04 \x01(\r\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12\x31\n\x08generate\x18\x06 \x01(\x0b\x32\x1d.fieldmesh.v1.GenerateRequestH\x00\x12)\n\x04\x63hat\x18\x07 \x01(\x0b\x32\x19.fieldmesh.v1.ChatRequestH\x00\x12\x1b\n\x13\x64\x65livered_token_ids\x18\x08 \x03(\x05\x42\t\n\x07request\"\x9b\x01\n\x0f\x46orwardResponse\x12*\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x16.fieldmesh.v1.AdmittedH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fieldmesh.v1.ChunkH\x00\x12*\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x16.fieldmesh.v1.CompleteH\x00\x42\n\n\x08response\"!\n\x08\x41\x64mitted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"+\n\x15\x41\x62ortForwardedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\")\n\x16\x41\x62ortForwardedResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"[\n\x18TokenizeForwardedRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12.\n\x07request\x18\x02 \x01(\x0b\x32\x1d.fieldmesh.v1.TokenizeRequest\"=\n\x19TokenizeForwardedResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\r\n\x05model\x18\x02 \x01(\t\"\xd1\x03\n\x0e\x43ontrolRequest\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.fieldmesh.v1.HeartbeatH\x00\x12$\n\x05hello\x18\x03 \x01(\x0b\x32\x13.fieldmesh.v1.HelloH\x00\x12(\n\x07welcome\x18\x04 \x01(\x0b\x32\x15.fieldmesh.v1.WelcomeH\x00\x12(\n\x07refused\x18\x05 \x01(\x0b\x32\x15.fieldmesh.v1.RefusedH\x00\x12\x33\n\rprobe_request\x18\x06 \x01(\x0b\x32\x1a.fieldmesh.v1.ProbeRequestH\x00\x12/\n\x0bprobe_reply\x18\x07 \x01(\x0b\x32\x18.fieldmesh.v1.ProbeReplyH\x00\x12(\n\x07goodbye\x18\x08 \x01(\x0b\x32\x15.fieldmesh.v1.GoodbyeH\x00\x12\x35\n\x0e\x64irectory_pull\x18\t \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryPullH\x00\x12\x35\n\x0e\x64irectory_push\x18\n \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryPushH\x00\x42\t\n\x07message\"\x11\n\x0f\x43ontrolResponse\"%\n\x07\x41\x64\x64ress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\".\n\rDirectoryMark\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\xfb\x01\n\x0cIntroduction\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x03 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x13\n\x0brefutations\x18\x06 \x01(\x04\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\r\n\x05nonce\x18\x08 \x01(\x04\x12(\n\taddresses\x18\t \x03(\x0b\x32\x15.fieldmesh.v1.Address\x12.\n\tdirectory\x18\n \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryMark\"x\n\x08PeerHint\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0brefutations\x18\x04 \x01(\x04\x12(\n\taddresses\x18\x05 \x03(\x0b\x32\x15.fieldmesh.v1.Address\"\xae\x01\n\x05Rumor\x12\r\n\x05\x61\x62out\x18\x01 \x01(\t\x12#\n\x04says\x18\x02 \x01(\x0e\x32\x15.fieldmesh.v1.Rumored\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0brefutations\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x63\x63user\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12(\n\taddresses\x18\x07 \x03(\x0b\x32\x15.fieldmesh.v1.Address\"u\n\x06Gossip\x12\r\n\x05\x61\x62out\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x13\n\x0brefutations\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.fieldmesh.v1.Load\"\x91\x01\n\x05Hello\x12\'\n\x03who\x18\x01 \x01(\x0b\x32\x1a.fieldmesh.v1.Introduction\x12%\n\x06\x64ialed\x18\x02 \x01(\x0b\x32\x15.fieldmesh.v1.Address\x12#\n\x06rumors\x18\x03 \x03(\x0b\x32\x13.fieldmesh.v1.Rumor\x12\x13\n\x0bwants_peers\x18\x04 \x01(\x08\"\x80\x01\n\x07Welcome\x12\'\n\x03who\x18\x01 \x01(\x0b\x32\x1a.fieldmesh.v1.Introduction\x12%\n\x06\x64ialed\x18\x02 \x01(\x0b\x32\x15.fieldmesh.v1.Address\x12%\n\x05peers\x18\x03 \x03(\x0b\x32\x16.fieldmesh.v1.PeerHint\"O\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x06\x64ialed\x18\x03 \x01(\x0b\x32\x15.fieldmesh.v1.Address\"\xea\x02\n\tHeartbeat\x12\n\n\x02to\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x13\n\x0brefutations\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0e\n\x06sent_s\x18\x05 \x01(\x01\x12 \n\x04load\x18\x06 \x01(\x0b\x32\x12.fieldmesh.v1.Load\x12.\n\tdirectory\x18\x07 \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryMark\x12\x14\n\x0cwants_answer\x18\x08 \x01(\x08\x12\x18\n\x0bheard_age_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x65\x63ho_sent_s\x18\n \x01(\x01\x12\x13\n\x0b\x65\x63ho_held_s\x18\x0b \x01(\x01\x12#\n\x06rumors\x18\x0c \x03(\x0b\x32\x13.fieldmesh.v1.Rumor\x12$\n\x06gossip\x18\r \x03(\x0b\x32\x14.fieldmesh.v1.GossipB\x0e\n\x0c_heard_age_s\"U\n\x0cProbeRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12&\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x15.fieldmesh.v1.Address\x12\r\n\x05nonce\x18\x03 \x01(\x04\"U\n\nProbeReply\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0brefutations\x18\x04 \x01(\x04\"0\n\x07Goodbye\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"J\n\rDirectoryPull\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cstate_vector\x18\x02 \x01(\x0c\x12\x14\n\x0c\x61\x66ter_client\x18\x03 \x01(\x04\"C\n\rDirectoryPush\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06update\x18\x02 \x01(\x0c\x12\x13\n\x0bnext_client\x18\x03 \x01(\x04*n\n\x07Rumored\x12\x17\n\x13RUMORED_UNSPECIFIED\x10\x00\x12\x11\n\rRUMORED_ALIVE\x10\x01\x12\x13\n\x0fRUMORED_SUSPECT\x10\x02\x12\x10\n\x0cRUMORED_DEAD\x10\x03\x12\x10\n\x0cRUMORED_LEFT\x10\x04\x32\xe4\x02\n\x0bPeerService\x12H\n\x07\x46orward\x12\x1c.fieldmesh.v1.ForwardRequest\x1a\x1d.fieldmesh.v1.ForwardResponse0\x01\x12[\n\x0e\x41\x62ortForwarded\x12#.fieldmesh.v1.AbortForwardedRequest\x1a$.fieldmesh.v1.AbortForwardedResponse\x12H\n\x07\x43ontrol\x12\x1c.fieldmesh.v1.ControlRequest\x1a\x1d.fieldmesh.v1.ControlResponse(\x01\x12\x64\n\x11TokenizeForwarded\x12&.fieldmesh.v1.TokenizeForwardedRequest\x1a\'.fieldmesh.v1.TokenizeForwardedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ieldmesh/v1/peer.proto\x12\x0c\x66ieldmesh.v1\x1a\x1c\x66ieldmesh/v1/inference.proto\"\xee\x01\n\x0e\x46orwardRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04path\x18\x03 \x03(\t\x12\x11\n\thops_left\x18\x04 \x01(\r\x12\x0f\n\x07profile\x18\x05 \x01(\t\x12\x31\n\x08generate\x18\x06 \x01(\x0b\x32\x1d.fieldmesh.v1.GenerateRequestH\x00\x12)\n\x04\x63hat\x18\x07 \x01(\x0b\x32\x19.fieldmesh.v1.ChatRequestH\x00\x12\x1b\n\x13\x64\x65livered_token_ids\x18\x08 \x03(\x05\x42\t\n\x07request\"\x9b\x01\n\x0f\x46orwardResponse\x12*\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x16.fieldmesh.v1.AdmittedH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fieldmesh.v1.ChunkH\x00\x12*\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x16.fieldmesh.v1.CompleteH\x00\x42\n\n\x08response\"!\n\x08\x41\x64mitted\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\"+\n\x15\x41\x62ortForwardedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\")\n\x16\x41\x62ortForwardedResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"[\n\x18TokenizeForwardedRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12.\n\x07request\x18\x02 \x01(\x0b\x32\x1d.fieldmesh.v1.TokenizeRequest\"=\n\x19TokenizeForwardedResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\r\n\x05model\x18\x02 \x01(\t\"U\n\x15\x45mbedForwardedRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.fieldmesh.v1.EmbedRequest\"\\\n\x16\x45mbedForwardedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.fieldmesh.v1.Embedding\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"\xd1\x03\n\x0e\x43ontrolRequest\x12\x0e\n\x06sender\x18\x01 \x01(\t\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.fieldmesh.v1.HeartbeatH\x00\x12$\n\x05hello\x18\x03 \x01(\x0b\x32\x13.fieldmesh.v1.HelloH\x00\x12(\n\x07welcome\x18\x04 \x01(\x0b\x32\x15.fieldmesh.v1.WelcomeH\x00\x12(\n\x07refused\x18\x05 \x01(\x0b\x32\x15.fieldmesh.v1.RefusedH\x00\x12\x33\n\rprobe_request\x18\x06 \x01(\x0b\x32\x1a.fieldmesh.v1.ProbeRequestH\x00\x12/\n\x0bprobe_reply\x18\x07 \x01(\x0b\x32\x18.fieldmesh.v1.ProbeReplyH\x00\x12(\n\x07goodbye\x18\x08 \x01(\x0b\x32\x15.fieldmesh.v1.GoodbyeH\x00\x12\x35\n\x0e\x64irectory_pull\x18\t \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryPullH\x00\x12\x35\n\x0e\x64irectory_push\x18\n \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryPushH\x00\x42\t\n\x07message\"\x11\n\x0f\x43ontrolResponse\"%\n\x07\x41\x64\x64ress\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\".\n\rDirectoryMark\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\xfb\x01\n\x0cIntroduction\x12\x0c\n\x04mesh\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x03 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x13\n\x0brefutations\x18\x06 \x01(\x04\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\r\n\x05nonce\x18\x08 \x01(\x04\x12(\n\taddresses\x18\t \x03(\x0b\x32\x15.fieldmesh.v1.Address\x12.\n\tdirectory\x18\n \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryMark\"x\n\x08PeerHint\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0brefutations\x18\x04 \x01(\x04\x12(\n\taddresses\x18\x05 \x03(\x0b\x32\x15.fieldmesh.v1.Address\"\xae\x01\n\x05Rumor\x12\r\n\x05\x61\x62out\x18\x01 \x01(\t\x12#\n\x04says\x18\x02 \x01(\x0e\x32\x15.fieldmesh.v1.Rumored\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0brefutations\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x63\x63user\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12(\n\taddresses\x18\x07 \x03(\x0b\x32\x15.fieldmesh.v1.Address\"u\n\x06Gossip\x12\r\n\x05\x61\x62out\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x13\n\x0brefutations\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12 \n\x04load\x18\x05 \x01(\x0b\x32\x12.fieldmesh.v1.Load\"\x91\x01\n\x05Hello\x12\'\n\x03who\x18\x01 \x01(\x0b\x32\x1a.fieldmesh.v1.Introduction\x12%\n\x06\x64ialed\x18\x02 \x01(\x0b\x32\x15.fieldmesh.v1.Address\x12#\n\x06rumors\x18\x03 \x03(\x0b\x32\x13.fieldmesh.v1.Rumor\x12\x13\n\x0bwants_peers\x18\x04 \x01(\x08\"\x80\x01\n\x07Welcome\x12\'\n\x03who\x18\x01 \x01(\x0b\x32\x1a.fieldmesh.v1.Introduction\x12%\n\x06\x64ialed\x18\x02 \x01(\x0b\x32\x15.fieldmesh.v1.Address\x12%\n\x05peers\x18\x03 \x03(\x0b\x32\x16.fieldmesh.v1.PeerHint\"O\n\x07Refused\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x06\x64ialed\x18\x03 \x01(\x0b\x32\x15.fieldmesh.v1.Address\"\xea\x02\n\tHeartbeat\x12\n\n\x02to\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x13\n\x0brefutations\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0e\n\x06sent_s\x18\x05 \x01(\x01\x12 \n\x04load\x18\x06 \x01(\x0b\x32\x12.fieldmesh.v1.Load\x12.\n\tdirectory\x18\x07 \x01(\x0b\x32\x1b.fieldmesh.v1.DirectoryMark\x12\x14\n\x0cwants_answer\x18\x08 \x01(\x08\x12\x18\n\x0bheard_age_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0b\x65\x63ho_sent_s\x18\n \x01(\x01\x12\x13\n\x0b\x65\x63ho_held_s\x18\x0b \x01(\x01\x12#\n\x06rumors\x18\x0c \x03(\x0b\x32\x13.fieldmesh.v1.Rumor\x12$\n\x06gossip\x18\r \x03(\x0b\x32\x14.fieldmesh.v1.GossipB\x0e\n\x0c_heard_age_s\"U\n\x0cProbeRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12&\n\x07\x61\x64\x64ress\x18\x02 \x01(\x0b\x32\x15.fieldmesh.v1.Address\x12\r\n\x05nonce\x18\x03 \x01(\x04\"U\n\nProbeReply\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x04\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x13\n\x0brefutations\x18\x04 \x01(\x04\"0\n\x07Goodbye\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"J\n\rDirectoryPull\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cstate_vector\x18\x02 \x01(\x0c\x12\x14\n\x0c\x61\x66ter_client\x18\x03 \x01(\x04\"C\n\rDirectoryPush\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06update\x18\x02 \x01(\x0c\x12\x13\n\x0bnext_client\x18\x03 \x01(\x04*n\n\x07Rumored\x12\x17\n\x13RUMORED_UNSPECIFIED\x10\x00\x12\x11\n\rRUMORED_ALIVE\x10\x01\x12\x13\n\x0fRUMORED_SUSPECT\x10\x02\x12\x10\n\x0cRUMORED_DEAD\x10\x03\x12\x10\n\x0cRUMORED_LEFT\x10\x04\x32\xc1\x03\n\x0bPeerService\x12H\n\x07\x46orward\x12\x1c.fieldmesh.v1.ForwardRequest\x1a\x1d.fieldmesh.v1.ForwardResponse0\x01\x12[\n\x0e\x41\x62ortForwarded\x12#.fieldmesh.v1.AbortForwardedRequest\x1a$.fieldmesh.v1.AbortForwardedResponse\x12H\n\x07\x43ontrol\x12\x1c.fieldmesh.v1.ControlRequest\x1a\x1d.fieldmesh.v1.ControlResponse(\x01\x12\x64\n\x11TokenizeForwarded\x12&.fieldmesh.v1.TokenizeForwardedRequest\x1a\'.fieldmesh.v1.TokenizeForwardedResponse\x12[\n\x0e\x45mbedForwarded\x12#.fieldmesh.v1.EmbedForwardedRequest\x1a$.fieldmesh.v1.EmbedForwardedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fieldmesh.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUMORED']._serialized_start=3089
-  _globals['_RUMORED']._serialized_end=3199
+  _globals['_RUMORED']._serialized_start=3270
+  _globals['_RUMORED']._serialized_end=3380
   _globals['_FORWARDREQUEST']._serialized_start=72
   _globals['_FORWARDREQUEST']._serialized_end=310
   _globals['_FORWARDRESPONSE']._serialized_start=313
@@ -48,40 +48,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZEFORWARDEDREQUEST']._serialized_end=684
   _globals['_TOKENIZEFORWARDEDRESPONSE']._serialized_start=686
   _globals['_TOKENIZEFORWARDEDRESPONSE']._serialized_end=747
-  _globals['_CONTROLREQUEST']._serialized_start=750
-  _globals['_CONTROLREQUEST']._serialized_end=1215
-  _globals['_CONTROLRESPONSE']._serialized_start=1217
-  _globals['_CONTROLRESPONSE']._serialized_end=1234
-  _globals['_ADDRESS']._serialized_start=1236
-  _globals['_ADDRESS']._serialized_end=1273
-  _globals['_DIRECTORYMARK']._serialized_start=1275
-  _globals['_DIRECTORYMARK']._serialized_end=1321
-  _globals['_INTRODUCTION']._serialized_start=1324
-  _globals['_INTRODUCTION']._serialized_end=1575
-  _globals['_PEERHINT']._serialized_start=1577
-  _globals['_PEERHINT']._serialized_end=1697
-  _globals['_RUMOR']._serialized_start=1700
-  _globals['_RUMOR']._serialized_end=1874
-  _globals['_GOSSIP']._serialized_start=1876
-  _globals['_GOSSIP']._serialized_end=1993
-  _globals['_HELLO']._serialized_start=1996
-  _globals['_HELLO']._serialized_end=2141
-  _globals['_WELCOME']._serialized_start=2144
-  _globals['_WELCOME']._serialized_end=2272
-  _globals['_REFUSED']._serialized_start=2274
-  _globals['_REFUSED']._serialized_end=2353
-  _globals['_HEARTBEAT']._serialized_start=2356
-  _globals['_HEARTBEAT']._serialized_end=2718
-  _globals['_PROBEREQUEST']._serialized_start=2720
-  _globals['_PROBEREQUEST']._serialized_end=2805
-  _globals['_PROBEREPLY']._serialized_start=2807
-  _globals['_PROBEREPLY']._serialized_end=2892
-  _globals['_GOODBYE']._serialized_start=2894
-  _globals['_GOODBYE']._serialized_end=2942
-  _globals['_DIRECTORYPULL']._serialized_start=2944
-  _globals['_DIRECTORYPULL']._serialized_end=3018
-  _globals['_DIRECTORYPUSH']._serialized_start=3020
-  _globals['_DIRECTORYPUSH']._serialized_end=3087
-  _globals['_PEERSERVICE']._serialized_start=3202
-  _globals['_PEERSERVICE']._serialized_end=3558
+  _globals['_EMBEDFORWARDEDREQUEST']._serialized_start=749
+  _globals['_EMBEDFORWARDEDREQUEST']._serialized_end=834
+  _globals['_EMBEDFORWARDEDRESPONSE']._serialized_start=836
+  _globals['_EMBEDFORWARDEDRESPONSE']._serialized_end=928
+  _globals['_CONTROLREQUEST']._serialized_start=931
+  _globals['_CONTROLREQUEST']._serialized_end=1396
+  _globals['_CONTROLRESPONSE']._serialized_start=1398
+  _globals['_CONTROLRESPONSE']._serialized_end=1415
+  _globals['_ADDRESS']._serialized_start=1417
+  _globals['_ADDRESS']._serialized_end=1454
+  _globals['_DIRECTORYMARK']._serialized_start=1456
+  _globals['_DIRECTORYMARK']._serialized_end=1502
+  _globals['_INTRODUCTION']._serialized_start=1505
+  _globals['_INTRODUCTION']._serialized_end=1756
+  _globals['_PEERHINT']._serialized_start=1758
+  _globals['_PEERHINT']._serialized_end=1878
+  _globals['_RUMOR']._serialized_start=1881
+  _globals['_RUMOR']._serialized_end=2055
+  _globals['_GOSSIP']._serialized_start=2057
+  _globals['_GOSSIP']._serialized_end=2174
+  _globals['_HELLO']._serialized_start=2177
+  _globals['_HELLO']._serialized_end=2322
+  _globals['_WELCOME']._serialized_start=2325
+  _globals['_WELCOME']._serialized_end=2453
+  _globals['_REFUSED']._serialized_start=2455
+  _globals['_REFUSED']._serialized_end=2534
+  _globals['_HEARTBEAT']._serialized_start=2537
+  _globals['_HEARTBEAT']._serialized_end=2899
+  _globals['_PROBEREQUEST']._serialized_start=2901
+  _globals['_PROBEREQUEST']._serialized_end=2986
+  _globals['_PROBEREPLY']._serialized_start=2988
+  _globals['_PROBEREPLY']._serialized_end=3073
+  _globals['_GOODBYE']._serialized_start=3075
+  _globals['_GOODBYE']._serialized_end=3123
+  _globals['_DIRECTORYPULL']._serialized_start=3125
+  _globals['_DIRECTORYPULL']._serialized_end=3199
+  _globals['_DIRECTORYPUSH']._serialized_start=3201
+  _globals['_DIRECTORYPUSH']._serialized_end=3268
+  _globals['_PEERSERVICE']._serialized_start=3383
+  _globals['_PEERSERVICE']._serialized_end=3832
 # @@protoc_insertion_point(module_scope)

@@ -273,6 +273,62 @@ class TokenizeForwardedResponse(_message.Message):
 Global___TokenizeForwardedResponse: _TypeAlias = TokenizeForwardedResponse  # noqa: Y015
 
 @_typing.final
+class EmbedForwardedRequest(_message.Message):
+    """EmbedForwardedRequest asks for the vectors of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    """Profile that should answer."""
+    @_builtins.property
+    def request(self) -> _inference_pb2.EmbedRequest:
+        """What to embed."""
+
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        request: _inference_pb2.EmbedRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedForwardedRequest: _TypeAlias = EmbedForwardedRequest  # noqa: Y015
+
+@_typing.final
+class EmbedForwardedResponse(_message.Message):
+    """EmbedForwardedResponse carries the vectors of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of all inputs."""
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.Embedding]:
+        """One for each input, in order."""
+
+    def __init__(
+        self,
+        *,
+        embeddings: _abc.Iterable[_inference_pb2.Embedding] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedForwardedResponse: _TypeAlias = EmbedForwardedResponse  # noqa: Y015
+
+@_typing.final
 class ControlRequest(_message.Message):
     """ControlRequest is one control message."""
 

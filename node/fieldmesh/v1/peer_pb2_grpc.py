@@ -55,6 +55,11 @@ class PeerServiceStub:
                 request_serializer=fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedRequest.SerializeToString,
                 response_deserializer=fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedResponse.FromString,
                 _registered_method=True)
+        self.EmbedForwarded = channel.unary_unary(
+                '/fieldmesh.v1.PeerService/EmbedForwarded',
+                request_serializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
@@ -90,6 +95,13 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EmbedForwarded(self, request, context):
+        """EmbedForwarded turns texts into vectors with this node's model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.TokenizeForwarded,
                     request_deserializer=fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedRequest.FromString,
                     response_serializer=fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedResponse.SerializeToString,
+            ),
+            'EmbedForwarded': grpc.unary_unary_rpc_method_handler(
+                    servicer.EmbedForwarded,
+                    request_deserializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class PeerService:
             '/fieldmesh.v1.PeerService/TokenizeForwarded',
             fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedRequest.SerializeToString,
             fieldmesh_dot_v1_dot_peer__pb2.TokenizeForwardedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedForwarded(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fieldmesh.v1.PeerService/EmbedForwarded',
+            fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedResponse.FromString,
             options,
             channel_credentials,
             insecure,

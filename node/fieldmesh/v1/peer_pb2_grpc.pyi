@@ -43,6 +43,8 @@ class PeerServiceStub:
     """
     TokenizeForwarded: _grpc.UnaryUnaryMultiCallable[_peer_pb2.TokenizeForwardedRequest, _peer_pb2.TokenizeForwardedResponse]
     """TokenizeForwarded tokenises with this node's model."""
+    EmbedForwarded: _grpc.UnaryUnaryMultiCallable[_peer_pb2.EmbedForwardedRequest, _peer_pb2.EmbedForwardedResponse]
+    """EmbedForwarded turns texts into vectors with this node's model."""
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -59,6 +61,8 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """
     TokenizeForwarded: _aio.UnaryUnaryMultiCallable[_peer_pb2.TokenizeForwardedRequest, _peer_pb2.TokenizeForwardedResponse]  # type: ignore[assignment]
     """TokenizeForwarded tokenises with this node's model."""
+    EmbedForwarded: _aio.UnaryUnaryMultiCallable[_peer_pb2.EmbedForwardedRequest, _peer_pb2.EmbedForwardedResponse]  # type: ignore[assignment]
+    """EmbedForwarded turns texts into vectors with this node's model."""
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     """PeerService is spoken between nodes of one mesh."""
@@ -96,5 +100,13 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.TokenizeForwardedResponse, _abc.Awaitable[_peer_pb2.TokenizeForwardedResponse]]:
         """TokenizeForwarded tokenises with this node's model."""
+
+    @_abc_1.abstractmethod
+    def EmbedForwarded(
+        self,
+        request: _peer_pb2.EmbedForwardedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.EmbedForwardedResponse, _abc.Awaitable[_peer_pb2.EmbedForwardedResponse]]:
+        """EmbedForwarded turns texts into vectors with this node's model."""
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
