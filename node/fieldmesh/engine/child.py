@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.engine.frames import (
@@ -143,12 +143,14 @@ class _Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = bytearray()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
         self.closed = False
 
     def wake(self) -> None:
         """End a wait for commands; for another thread."""
-        os.eventfd_write(self._wake, 1)
+        with contextlib.suppress(BlockingIOError):  # full: it is awake already
+            self._waker.send(b"w")
 
     def send(self, reports: list[Report]) -> None:
         """Blocks while the host does not read: then there is no use in computing more."""
@@ -163,10 +165,9 @@ class _Channel:
             while (body := self._frame()) is not None:
                 yield from decode_commands(body)
                 wait_s = 0.0
-            sources: list[Any] = [self._socket, self._wake]
-            ready = select.select(sources, [], [], wait_s)[0]
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
+            ready = select.select([self._socket, self._woken], [], [], wait_s)[0]
+            if self._woken in ready:
+                self._woken.recv(_READ_BYTES)
             if self._socket not in ready:
                 return
             self._read()
