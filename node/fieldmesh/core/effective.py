@@ -47,10 +47,10 @@ def effective(own: Rules, state: State) -> Rules:
     weights = known_value(state, "routing/weights")
     if weights is not None:
         found["weights"] = weights
-    owners = {key: known_value(state, key) for key in sorted(state.values) if key.startswith(DOMAINS)}
+    owners = {key: known_value(state, key) for key in state.values if key.startswith(DOMAINS)}
     if owners:
         found["domains"] = {
-            key.removeprefix(DOMAINS): tuple(value["profiles"]) for key, value in owners.items() if value
+            key.removeprefix(DOMAINS): tuple(owners[key]["profiles"]) for key in sorted(owners) if owners[key]
         }
     for name in LIMITS:
         limit = known_value(state, f"limits/{name}")
