@@ -143,6 +143,17 @@ async def test_the_mesh_takes_in_voters_by_itself_and_gives_up_one_that_is_gone(
     await put(founder, "app/x", 1)
 
 
+async def test_a_leader_that_leaves_hands_its_office_over_first(site: Mesh) -> None:
+    founder = await founded(site, "b", "c")
+    await put(founder, "voters/policy", QUICK)
+    await until(founder, lambda status: len(status.voters) == 3)
+    term = founder.council.status().term
+    await founder.drain(0.1, asyncio.Event())
+    status = founder.council.status()
+    assert status.leader in (site.nodes["b"].key.id, site.nodes["c"].key.id)
+    assert status.term == term + 1
+
+
 async def test_a_lone_survivor_goes_on_and_those_who_come_back_are_shown_the_way_in(site: Mesh) -> None:
     founder = await founded(site, "b", "c")
     await put(founder, "voters/policy", QUICK)

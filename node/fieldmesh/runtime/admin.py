@@ -31,6 +31,7 @@ from fieldmesh.runtime import log
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.council_model import Changed, CouncilStatus, Reading, Whole
 from fieldmesh.runtime.door import Context, guarded, guarded_stream
+from fieldmesh.runtime.electorate import successor
 from fieldmesh.runtime.recovery import assess
 from fieldmesh.v1 import admin_pb2 as pb
 from fieldmesh.v1 import admin_pb2_grpc
@@ -237,7 +238,7 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         self, request: pb.TransferLeadershipRequest, context: Context
     ) -> pb.TransferLeadershipResponse:
         status = self._council.status()
-        node = self._resolve(request.node) if request.node else self._successor(status)
+        node = self._resolve(request.node) if request.node else successor(status, self._view())
         if node != status.leader:
             await self._council.transfer(node, _timeout_s(context))
         return pb.TransferLeadershipResponse(leader_id=node)
@@ -317,17 +318,6 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         how = "several nodes are called so; give the id" if found else "no node of this mesh is called so"
         names = ", ".join(sorted(called or node for node, called in known.items())[:20])
         raise InvalidRequest(f"{name!r}: {how}. Known nodes: {names}", field="node")
-
-    def _successor(self, status: CouncilStatus) -> NodeId:
-        """The voter that is furthest along, as far as this node knows."""
-        here = {member.id for member in self._view().members if member.state in _HERE}
-        matches = dict(status.matches)
-        others = [voter for voter in status.voters if voter != status.leader and voter in here]
-        if not others:
-            raise ChangeRefused(
-                "No other voter is there to take the office", metadata={"reason": Refusal.NOT_MEMBER.value}
-            )
-        return max(others, key=lambda voter: (matches.get(voter, 0), voter))
 
 
 def role_of(status: CouncilStatus) -> str:

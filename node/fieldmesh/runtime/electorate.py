@@ -11,16 +11,19 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from fieldmesh.core.errors import FieldmeshError
-from fieldmesh.core.model import MeshView
-from fieldmesh.core.raft_model import Members
+from fieldmesh.core.errors import ChangeRefused, FieldmeshError
+from fieldmesh.core.model import MeshView, NodeId, NodeState
+from fieldmesh.core.raft_model import Members, Refusal
 from fieldmesh.core.topology import Advice, Topology, VoterPolicy
 from fieldmesh.runtime import log
 from fieldmesh.runtime.council import Council
+from fieldmesh.runtime.council_model import CouncilStatus
 from fieldmesh.runtime.recovery import superseded
 
 LOOK_INTERVAL_S = 1.0
 CHANGE_TIMEOUT_S = 10.0
+HAND_OVER_TIMEOUT_S = 1.0
+_HERE = (NodeState.ALIVE, NodeState.SUSPECT)
 
 logger = log.get()
 
@@ -39,6 +42,15 @@ class Electorate:
         while True:
             await self.look()
             await asyncio.sleep(LOOK_INTERVAL_S)
+
+    async def hand_over(self) -> None:
+        """Give the leader's office to another voter before this node leaves; harmless where it has none."""
+        try:
+            if self._council.leading:
+                to = successor(self._council.status(), self._view())
+                await self._council.transfer(to, HAND_OVER_TIMEOUT_S)
+        except FieldmeshError as error:  # the others elect somebody, only a little later
+            logger.info("office_not_handed_over", code=error.code, why=error.message)
 
     async def look(self) -> None:
         """Take in who is there and, as the leader, do what is next."""
@@ -90,3 +102,16 @@ class Electorate:
             pending=raft is None or raft.members_index > raft.commit,
             now=now,
         )
+
+
+def successor(status: CouncilStatus, view: MeshView) -> NodeId:
+    """The voter that should lead next: of those that are there the one furthest along, as far as is known.
+    Raises ChangeRefused where there is none."""
+    here = {member.id for member in view.members if member.state in _HERE and not member.load.draining}
+    matches = dict(status.matches)
+    others = [voter for voter in status.voters if voter != status.leader and voter in here]
+    if not others:
+        raise ChangeRefused(
+            "No other voter is there to take the office", metadata={"reason": Refusal.NOT_MEMBER.value}
+        )
+    return max(others, key=lambda voter: (matches.get(voter, 0), voter))

@@ -27,7 +27,7 @@ from fieldmesh import __version__, profiles
 from fieldmesh.client.discovery import Announcement
 from fieldmesh.config import LimitsSlice, NodeConfig
 from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
-from fieldmesh.core.effective import Rules, effective
+from fieldmesh.core.effective import Rules
 from fieldmesh.core.errors import AddressInUse, FieldmeshError
 from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
@@ -37,13 +37,10 @@ from fieldmesh.core.model import (
     Address,
     EngineState,
     MeshView,
-    NodeId,
     NodeState,
-    Seat,
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
-from fieldmesh.core.settings import State
 from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fit import demand_fit
 from fieldmesh.engine.front import EngineFront
@@ -54,12 +51,13 @@ from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.runtime import addresses, admin, inference, log, scrapes
+from fieldmesh.runtime import addresses, inference, log, scrapes
+from fieldmesh.runtime.admin import ADMIN
+from fieldmesh.runtime.agreement import Agreement
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.discovery import Multicast, Seeds, repeat_hints
 from fieldmesh.runtime.door import handlers, no_calls
 from fieldmesh.runtime.driver import Driver
-from fieldmesh.runtime.electorate import Electorate
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import GenerationConfig
 from fieldmesh.runtime.health import Health
@@ -69,9 +67,6 @@ from fieldmesh.runtime.links import LinksConfig, server_options
 from fieldmesh.runtime.local import Hosted, LocalRuns
 from fieldmesh.runtime.metrics import Metrics, Sources
 from fieldmesh.runtime.peers import Peers
-from fieldmesh.runtime.raft_links import RaftLinks
-from fieldmesh.runtime.raft_service import RaftService
-from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
 from fieldmesh.runtime.state import StateFolder
@@ -135,7 +130,6 @@ class Node:
         self._calls = no_calls()
         self._rng = Random(SystemRandom().getrandbits(64))
         self._draining = False
-        self._rules = own_rules(config)
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Start every part; ``stack`` ends them in the opposite order."""
@@ -149,10 +143,15 @@ class Node:
         self._driver = Driver(
             self._mesh(folder), local=self.key.id, storage=folder, links_config=links_config
         )
+        self._agreement = Agreement(
+            me=self.key.id,
+            name=config.node.name,
+            folder=folder,
+            driver=self._driver,
+            own=own_rules(config),
+            rng=self._rng,
+        )
         self._service = self._make_service()
-        self._raft_links = RaftLinks(lambda: self._driver.view, self._driver.links.log)
-        self.council = self._make_council(folder)
-        self._electorate = Electorate(self.council, lambda: self._driver.view)
         self._health = Health((self.profile.name,))
         client_server = self._client_server()
         peer_server = self._peer_server(links_config)
@@ -164,10 +163,7 @@ class Node:
         stack.push_async_callback(peer_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._driver.close)
         self._driver.start()
-        stack.push_async_callback(self._raft_links.close)
-        stack.push_async_callback(self.council.close)
-        await self.council.start(found=config.consensus.found)
-        self.council.observe(self._obey)
+        await self._agreement.open(stack, found=config.consensus.found, obey=self._service.obey)
         await client_server.start()
         stack.push_async_callback(client_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._service.close)
@@ -189,6 +185,11 @@ class Node:
         )
 
     @property
+    def council(self) -> Council:
+        """What the mesh agrees on, as this node reaches it."""
+        return self._agreement.council
+
+    @property
     def view(self) -> MeshView:
         """The mesh as this node sees it."""
         return self._driver.view
@@ -199,6 +200,7 @@ class Node:
         self._draining = True
         self._service.drain()
         self._tell_load()
+        await self._agreement.leave()
         await self._health.update(self.view, draining=True)
         over = asyncio.get_running_loop().time() + timeout_s
         while self._busy and not now.is_set() and asyncio.get_running_loop().time() < over:
@@ -231,7 +233,7 @@ class Node:
 
     def _make_service(self) -> Service:
         config = self.config
-        router = Router(self.view, rules=self._rules, rng=self._rng)
+        router = Router(self.view, rules=self._agreement.rules, rng=self._rng)
         hosted = Hosted(profile=self.profile, engine=self._engine)
         return Service(
             entry=Entry(
@@ -243,17 +245,8 @@ class Node:
             router=router,
             local=LocalRuns({self.profile.name: hosted}),
             forwarder=Forwarder(self._driver.links.tokens, self._driver.links.bytes),
-            rules=self._rules,
+            rules=self._agreement.rules,
             config=service_config(config),
-            rng=self._rng,
-        )
-
-    def _make_council(self, folder: StateFolder) -> Council:
-        return Council(
-            self.key.id,
-            open_store=lambda: RaftStore.open(folder.path / LOG_FILE, self.key.id),
-            shelf=folder,
-            colleagues=self._raft_links,
             rng=self._rng,
         )
 
@@ -271,31 +264,25 @@ class Node:
             )
         )
         mesh = inference.Mesh(self._service, self.config.node.mesh)
-        operators = admin.Admin(
-            self.council,
-            name=self.config.node.name,
-            view=lambda: self._driver.view,
-            advice=lambda: self._electorate.advice,
-        )
         server.add_generic_rpc_handlers(
             (
                 handlers(inference.INFERENCE, inference.Inference(self._service, self._limits), self._calls),
                 handlers(inference.MESH, mesh, self._calls),
-                handlers(admin.ADMIN, operators, self._calls),
+                self._agreement.for_clients(self._calls),
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (
             inference.INFERENCE.full_name,
             inference.MESH.full_name,
-            admin.ADMIN.full_name,
+            ADMIN.full_name,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         )
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         return server
 
     def _limits(self) -> RequestLimits:
-        return request_limits(self.config.limits, self._rules)
+        return request_limits(self.config.limits, self._agreement.rules)
 
     def _peer_server(self, links_config: LinksConfig) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=(self._driver.gate,), options=server_options(links_config))
@@ -304,7 +291,7 @@ class Node:
             (
                 self._driver.receiver.handler(),
                 peers.handler(self._calls),
-                *RaftService(self.council).handlers(),
+                *self._agreement.for_peers(),
             )
         )
         return server
@@ -330,21 +317,12 @@ class Node:
                 group.create_task(self._run_engine(folder), name="engine"),
                 group.create_task(self._follow_load(), name="load"),
                 group.create_task(self._follow_view(), name="view"),
-                group.create_task(self._follow_log(), name="seat"),
-                group.create_task(self._electorate.run(), name="voters"),
+                group.create_task(self._agreement.run(), name="agreement"),
                 group.create_task(self._discover(), name="discovery"),
             ]
             yield
             for task in tasks:
                 task.cancel()
-
-    def _obey(self, state: State) -> None:
-        """Go by what the mesh agrees on now, and by this node's own options where it says nothing."""
-        rules = effective(own_rules(self.config), state)
-        if rules != self._rules:
-            self._rules = rules
-            self._service.obey(rules)
-            logger.info("rules_changed", revision=state.revision, policy=rules.policy.value)
 
     def _offer_as_before(self, folder: StateFolder) -> None:
         """Offer the profile while its model still loads, where the file is the one of the last time: the
@@ -402,24 +380,10 @@ class Node:
         self._driver.load_changed(replace(load, draining=self._draining))
 
     async def _follow_view(self) -> None:
-        view, seats = self.view, dict[NodeId, Seat]()
+        view = self.view
         while True:
             await self._health.update(view, draining=self._draining)
-            if (now := self._raft_links.seats()) != seats:
-                seats = dict(now)
-                self.council.neighbours_changed()
             view = await self._driver.wait_view_changed(view.revision)
-
-    async def _follow_log(self) -> None:
-        """Tell the mesh which log this node belongs to, and the council what others say of theirs."""
-        told: Seat | None = None
-        while True:
-            news = self.council.news
-            seat = self.council.seat
-            if seat is not None and seat != told:
-                told = seat
-                self._driver.handle(OfferChanged(seat=seat))
-            await news.wait()
 
     # --- addresses and discovery ---------------------------------------------------------------
 
