@@ -36,6 +36,7 @@ ME = NodeId("a" * 32)
 OTHER = NodeId("b" * 32)
 FAST = CouncilConfig(
     raft=RaftConfig(heartbeat_s=0.02, election_timeout_s=0.1),
+    timeout_s=2.0,
     leader_patience_s=0.3,
     found_wait_s=0.0,
 )

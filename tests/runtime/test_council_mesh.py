@@ -232,6 +232,15 @@ async def test_the_office_is_handed_over_without_an_election_timeout(three: Lab)
     assert (await put(three["watcher"], "app/x", 1)).code is Code.DONE
 
 
+async def test_a_leader_that_leaves_hands_its_office_over_before(three: Lab) -> None:
+    leader = three.leader
+    term = three[leader].status().term
+    await three.boxes[leader].stop(hand_over=True)
+    heir = three.leader
+    assert heir not in ("", leader), "somebody leads already when it has left"
+    assert three[heir].status().term == term + 1
+
+
 async def test_a_learner_that_needs_a_snapshot_gets_it_in_pieces(tmp_path: Path) -> None:
     raft = RaftConfig(
         heartbeat_s=0.04,

@@ -13,28 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from random import Random
 from typing import TypeVar
 
 from fieldmesh.core import settings, settings_schema
 from fieldmesh.core.errors import (
     ChangeRefused,
-    ConsensusStopped,
     FieldmeshError,
     InvalidRequest,
-    LogNotFounded,
-    NodeUnreachable,
     NoQuorum,
-    NotLeader,
-    OutcomeUnknown,
 )
 from fieldmesh.core.following import NEVER, Held, LogView
 from fieldmesh.core.model import NodeId, Seat, SeatKind
 from fieldmesh.core.raft_members import founded
-from fieldmesh.core.raft_model import AddLearner, Change, Promote, Refusal, Remove, Transfer
-from fieldmesh.core.settings import Code, Command, Kind, Outcome, State
+from fieldmesh.core.raft_model import AddLearner, Change, Promote, Remove, Transfer
+from fieldmesh.core.settings import Command, Kind, Outcome, State
 from fieldmesh.runtime import log
 from fieldmesh.runtime.council_model import (
     Changed,
@@ -43,10 +38,10 @@ from fieldmesh.runtime.council_model import (
     CouncilStatus,
     Reading,
     Whole,
-    refusal_error,
 )
+from fieldmesh.runtime.raft_client import RaftClient
 from fieldmesh.runtime.raft_follow import Follower, Shelf
-from fieldmesh.runtime.raft_host import RaftHost, RefusedHere, Unsettled
+from fieldmesh.runtime.raft_host import RaftHost, RefusedHere
 from fieldmesh.runtime.raft_store import RaftStore
 
 logger = log.get()
@@ -102,9 +97,8 @@ class Council:
         self._leader: NodeId | None = None
         self._own_leader: NodeId | None = None
         self._own_led_at = self._loop.time()
-        self._led_at = self._loop.time()
-        self._writer = _Writer()
-        self._opening = asyncio.Lock()
+        self.led_at = self._loop.time()
+        self._client = RaftClient(self.host, colleagues, self, self.config)
         self._founding: asyncio.Task[None] | None = None
 
     # --- life ------------------------------------------------------------------------------
@@ -120,8 +114,11 @@ class Council:
         if found and self.view is None and not self.host.stopped_why:
             self._founding = self._loop.create_task(self._found_unless_there(), name="founding")
 
-    async def close(self) -> None:
-        """Leave; harmless when repeated."""
+    async def close(self, *, hand_over: bool = True) -> None:
+        """Leave, and hand over the leader's office before if there is somebody to take it; harmless when
+        repeated."""
+        if hand_over:
+            await self._hand_over()
         if self._founding is not None:
             self._founding.cancel()
             await asyncio.gather(self._founding, return_exceptions=True)
@@ -129,6 +126,20 @@ class Council:
             self._leaderless.cancel()
         await self._follower.close()
         await self.host.close()
+
+    async def _hand_over(self) -> None:
+        """Let another voter lead at once, instead of after an election timeout."""
+        status = self.status()
+        others = [(match, node) for node, match in status.matches if node in status.voters]
+        if not self.leading or not others:
+            return
+        try:
+            async with asyncio.timeout(self.config.hand_over_s):
+                self.host.transfer(max(others)[1])
+                while self.leading:
+                    await self.news.wait()
+        except (RefusedHere, TimeoutError):
+            logger.info("office_not_handed_over")
 
     def neighbours_changed(self) -> None:
         """Look again at what others say of their logs."""
@@ -257,30 +268,30 @@ class Council:
     async def read(self, *, linearizable: bool = False, timeout_s: float | None = None) -> Reading:
         """The configuration: at once with its possible age, or ``linearizable``: with every write that was
         acknowledged anywhere before this call. Raises LogNotFounded, NoQuorum, ConsensusStopped."""
-        view = self._known_view()
+        view = self._client.known_view()
         if not linearizable:
             return Reading(state=self.state, applied=view.applied, stale_s=self._stale_s(view))
-        deadline = self._deadline(timeout_s)
-        index = await self._at_leader(self._read_once, deadline, changes=False)
-        while (applied := self._known_view().applied) < index:
-            await self._news_before(deadline, "this node has not caught up with the leader")
+        deadline = self._client.deadline(timeout_s)
+        index = await self._client.read_index(deadline)
+        while (applied := self._client.known_view().applied) < index:
+            await self._client.news_before(deadline, "this node has not caught up with the leader")
         return Reading(state=self.state, applied=applied, stale_s=0.0)
-
-    async def _read_once(self, leader: NodeId, view: LogView, timeout_s: float) -> int:
-        if leader == self.me:
-            return await self.host.read()
-        return await self._colleagues.read_index(leader, view, timeout_s)
 
     async def watch(self, from_revision: int | None = None) -> AsyncGenerator[Whole | Changed, None]:
         """Everything that is configured, then every change; with ``from_revision`` only what came after it,
         if that is still remembered (else Whole comes first). Ends when its caller closes it.
 
         Raises InvalidRequest for a revision that is to come, LogNotFounded."""
-        self._known_view()
-        if from_revision is not None and not 0 <= from_revision <= self.state.revision:
-            raise InvalidRequest(
-                f"revision {from_revision} is to come; the newest is {self.state.revision}", field="revision"
-            )
+        self._client.known_view()
+        deadline = self._client.deadline(None)
+        while from_revision is not None and from_revision > self.state.revision:
+            try:  # it was seen at a node that is ahead of this one, or it is to come
+                await self._client.news_before(deadline, "this node has not caught up")
+            except NoQuorum:
+                raise InvalidRequest(
+                    f"revision {from_revision} is to come; the newest here is {self.state.revision}",
+                    field="revision",
+                ) from None
         seen = from_revision
         while True:
             news, state = self.news, self.state
@@ -311,32 +322,7 @@ class Council:
         its metadata the session and sequence under which ``submit`` may ask again.
         """
         settings_schema.validate(changes)
-        deadline = self._deadline(timeout_s)
-        for _ in range(2):
-            writer = await self._open_writer(deadline)
-            sequence = writer.begin()
-            command = Command(
-                kind=Kind.WRITE,
-                session=writer.session,
-                sequence=sequence,
-                acknowledged=writer.acknowledged,
-                changes=tuple(changes),
-                author=author,
-                origin=origin,
-            )
-            try:
-                outcome, certain = await self._submit(command, deadline)
-            except (OutcomeUnknown, asyncio.CancelledError):
-                self._abandon(writer)
-                raise
-            finally:
-                writer.end(sequence)
-            if outcome.code not in (Code.SESSION_EXPIRED, Code.TOO_MANY_IN_FLIGHT):
-                return outcome, command
-            self._abandon(writer)
-            if not certain:
-                raise _unknown(command)
-        return outcome, command
+        return await self._client.write(changes, author, origin, self._client.deadline(timeout_s))
 
     async def submit(self, command: Command, timeout_s: float | None = None) -> Outcome:
         """Do one command under its own session and sequence; asking again with the same is safe.
@@ -346,38 +332,14 @@ class Council:
         """
         if command.kind is Kind.WRITE:
             settings_schema.validate(command.changes)
-        outcome, _ = await self._submit(command, self._deadline(timeout_s))
+        outcome, _ = await self._client.submit(command, self._client.deadline(timeout_s))
         return outcome
-
-    async def _submit(self, command: Command, deadline: float) -> tuple[Outcome, bool]:
-        """The outcome, and whether no attempt before the last may have been done."""
-        attempts = _Attempts()
-
-        async def once(leader: NodeId, view: LogView, timeout_s: float) -> Outcome:
-            if leader == self.me:
-                return await self.host.submit(command)
-            return await self._colleagues.submit(leader, view, command, timeout_s)
-
-        outcome = await self._at_leader(once, deadline, changes=True, command=command, attempts=attempts)
-        return outcome, not attempts.maybe_done
-
-    async def _open_writer(self, deadline: float) -> _Writer:
-        async with self._opening:
-            if not self._writer.usable:
-                outcome, _ = await self._submit(Command(kind=Kind.OPEN_SESSION), deadline)
-                self._writer = _Writer(outcome.session)
-            return self._writer
-
-    def _abandon(self, writer: _Writer) -> None:
-        """Begin another session at the next write; the old one keeps its outcomes for those who ask again."""
-        if self._writer is writer:
-            self._writer = _Writer()
 
     # --- members ---------------------------------------------------------------------------
 
     async def add(self, node: NodeId, timeout_s: float | None = None) -> None:
         """Take ``node`` in as a learner. Raises as ``change``; a member of another log is refused."""
-        seat, view = self._colleagues.seats().get(node), self._known_view()
+        seat, view = self._colleagues.seats().get(node), self._client.known_view()
         if seat is not None and seat.log != view.log:
             raise ChangeRefused(
                 f"Node {node} belongs to the log {seat.log}, this one is {view.log}: end that node, move its "
@@ -396,137 +358,26 @@ class Council:
 
     async def transfer(self, node: NodeId, timeout_s: float | None = None) -> None:
         """Hand the leader's office to a voter; returns when it leads. Raises as ``change``."""
-        deadline = self._deadline(timeout_s)
-        await self._change(Transfer(to=node), deadline)
-        while self._known_view().leader != node:
-            await self._news_before(deadline, f"node {node} has not taken the office")
+        deadline = self._client.deadline(timeout_s)
+        await self._client.change(Transfer(to=node), deadline)
+        while self._client.known_view().leader != node:
+            await self._client.news_before(deadline, f"node {node} has not taken the office")
 
     async def change(self, change: Change, timeout_s: float | None = None) -> None:
-        """Change the members by one, through the leader; returns when that is committed. Raises ChangeRefused
-        (``metadata["reason"]`` is a value of ``raft_model.Refusal``), LogNotFounded, NoQuorum, OutcomeUnknown
-        (look at the members before asking again)."""
-        await self._change(change, self._deadline(timeout_s))
+        """Change the members by one, through the leader; returns when that is committed.
 
-    async def _change(self, change: Change | Transfer, deadline: float) -> None:
-        async def once(leader: NodeId, view: LogView, timeout_s: float) -> None:
-            if leader != self.me:
-                await self._colleagues.change(leader, view, change, timeout_s)
-            elif isinstance(change, Transfer):
-                self.host.transfer(change.to)
-            else:
-                await self.host.change(change)
-
-        await self._at_leader(once, deadline, changes=True)
-
-    # --- finding the leader ----------------------------------------------------------------
-
-    async def _at_leader(
-        self,
-        once: Callable[[NodeId, LogView, float], Awaitable[T]],
-        deadline: float,
-        *,
-        changes: bool,
-        command: Command | None = None,
-        attempts: _Attempts | None = None,
-    ) -> T:
-        """Do something at the leader, looking for it again where it has moved. A change of members that may
-        have been done is not tried again; a command is, its session sees to it that it is done once."""
-        attempts = attempts or _Attempts()
-        hint: NodeId | None = None
-        while True:
-            try:
-                view = self._known_view()
-            except FieldmeshError:
-                if attempts.maybe_done:
-                    raise self._too_late(attempts, command) from None
-                raise
-            leader = hint or view.leader
-            hint = None
-            if leader is None:
-                await self._leader_before(deadline, attempts, command)
-                continue
-            try:
-                async with asyncio.timeout_at(deadline):
-                    return await once(leader, view, deadline - self._loop.time())
-            except RefusedHere as refused:
-                if refused.reason not in (None, Refusal.NOT_LEADER, Refusal.TRANSFERRING):
-                    self._pass_or_raise(refusal_error(refused.reason), deadline)
-                hint = refused.leader if refused.leader != leader else None
-            except ChangeRefused as refused:
-                self._pass_or_raise(refused, deadline)
-            except NotLeader as error:
-                hint = NodeId(error.metadata.get("leader", "")) or None
-            except NodeUnreachable:
-                pass
-            except Unsettled:
-                attempts.maybe_done = changes
-                if changes and command is None:
-                    raise OutcomeUnknown(
-                        "The leader was lost while the members changed; look at them before asking again"
-                    ) from None
-            except TimeoutError:
-                attempts.maybe_done = changes
-                raise self._too_late(attempts, command) from None
-            if self._loop.time() + self.config.retry_pause_s >= deadline:
-                raise self._too_late(attempts, command)
-            await asyncio.sleep(self.config.retry_pause_s)
-
-    def _pass_or_raise(self, refused: FieldmeshError, deadline: float) -> None:
-        """Raise a refusal, unless it is of those that pass by themselves and there is time left for that."""
-        passing = refused.metadata.get("reason") in _PASSING
-        if not passing or self._loop.time() + self.config.retry_pause_s >= deadline:
-            raise refused
-
-    async def _leader_before(self, deadline: float, attempts: _Attempts, command: Command | None) -> None:
-        """Wait for news of a leader, as long as an election may take."""
-        until = min(deadline, self._led_at + self.config.leader_patience_s)
-        try:
-            async with asyncio.timeout_at(until):
-                await self.news.wait()
-        except TimeoutError:
-            raise self._too_late(attempts, command) from None
-
-    async def _news_before(self, deadline: float, why: str) -> None:
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self.news.wait()
-        except TimeoutError:
-            raise NoQuorum(f"Not in time: {why}", retry_after_s=1.0) from None
-
-    def _too_late(self, attempts: _Attempts, command: Command | None) -> FieldmeshError:
-        if command is not None and command.kind is Kind.WRITE and attempts.maybe_done:
-            return _unknown(command)
-        if command is None and attempts.maybe_done:
-            return OutcomeUnknown("It is not known whether this was done; look before asking again")
-        view = self.view
-        voters = f" of {len(view.members.voters)} voters" if view else ""
-        return NoQuorum(
-            f"No majority{voters} can be reached from this node: nothing was changed. Reads are served from "
-            "the last known revision, and inference goes on",
-            retry_after_s=1.0,
-        )
-
-    def _known_view(self) -> LogView:
-        view = self.view
-        if view is not None:
-            return view
-        if self.host.stopped_why:
-            raise ConsensusStopped(f"This node's part in the log has stopped: {self.host.stopped_why}")
-        raise LogNotFounded(
-            "This node knows of no replicated configuration: start one node of the mesh with --found, once"
-        )
+        Raises ChangeRefused (``metadata["reason"]`` is a value of ``raft_model.Refusal``), LogNotFounded,
+        NoQuorum, OutcomeUnknown (look at the members before asking again)."""
+        await self._client.change(change, self._client.deadline(timeout_s))
 
     # --- bookkeeping -----------------------------------------------------------------------
-
-    def _deadline(self, timeout_s: float | None) -> float:
-        return self._loop.time() + (self.config.timeout_s if timeout_s is None else timeout_s)
 
     def _changed(self) -> None:
         """Something about the log is new: wake everybody who waits for that."""
         now, held, member = self._loop.time(), self.held, self.member
         leader = held.view.leader if held is not None else None
         if leader is not None or self._leader is not None or (held is not None and self._last is None):
-            self._led_at = now  # a log that has just become known may take as long to get its leader
+            self.led_at = now  # a log that has just become known may take as long to get its leader
         if held is not None:
             self._last = replace(held, view=replace(held.view, leader=None))
         self._leader = leader
@@ -589,50 +440,8 @@ class Council:
         return {name: tuple(sorted(nodes)) for name, nodes in sorted(found.items())}
 
 
-@dataclass(slots=True)
-class _Attempts:
-    """Whether an attempt so far may have been done without our hearing of it."""
-
-    maybe_done: bool = False
-
-
-class _Writer:
-    """A session of this node in the log, and which of its sequence numbers are under way."""
-
-    def __init__(self, session: int = 0) -> None:
-        self.session = session
-        self._next = 1
-        self._under_way: set[int] = set()
-
-    @property
-    def usable(self) -> bool:
-        outcomes_kept = self._next - min(self._under_way, default=self._next)
-        return self.session > 0 and outcomes_kept < settings.SESSION_OUTCOMES_MAX
-
-    @property
-    def acknowledged(self) -> int:
-        """All sequence numbers up to this one have their outcomes."""
-        return min(self._under_way, default=self._next) - 1
-
-    def begin(self) -> int:
-        sequence, self._next = self._next, self._next + 1
-        self._under_way.add(sequence)
-        return sequence
-
-    def end(self, sequence: int) -> None:
-        self._under_way.discard(sequence)
-
-
-def _unknown(command: Command) -> OutcomeUnknown:
-    return OutcomeUnknown(
-        "The write may or may not have been done; asking again with the same session and sequence is safe",
-        metadata={"session": str(command.session), "sequence": str(command.sequence)},
-    )
-
-
 def _recency(held: Held) -> tuple[int, int, float]:
     return held.view.epoch, held.view.applied, held.view.current_at
 
 
 _EMPTY = State()
-_PASSING = (Refusal.TERM_NOT_COMMITTED.value, Refusal.CHANGE_PENDING.value)
