@@ -177,7 +177,7 @@ def test_a_value_at_the_top_of_the_file_is_no_table(tmp_path: Path) -> None:
         ("node.name", "two words", "1 to 63 letters"),
         ("node.name", "../up", "1 to 63 letters"),
         ("node.mesh", "", "1 to 63 letters"),
-        ("node.profile", "a\0b", "the name of a profile"),
+        ("node.profile", "a\0b", "names of profiles"),
         ("discovery.mdns", "perhaps", "true or false"),
         ("discovery.mdns", 1, "true or false"),
         ("routing.policy", "best", "one of expected-time, round-robin, least-loaded, random"),

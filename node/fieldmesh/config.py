@@ -49,6 +49,7 @@ PEER_ADDRESS: Final = Address(host="127.0.0.1", port=PEER_PORT)
 METRICS_PORT: Final = 7419
 METRICS_ADDRESS: Final = Address(host="127.0.0.1", port=METRICS_PORT)
 FILE_BYTES_MAX: Final = 1_000_000
+PROFILES_MAX: Final = 16
 FILE_NAME: Final = "fieldmesh.toml"
 
 # Variables of the client, the build and the tests: not options of a node.
@@ -82,8 +83,8 @@ class NodeSlice:
     mesh: Annotated[str, Name(), "Nodes of one mesh name find each other; others are ignored"] = "fieldmesh"
     profile: Annotated[
         str,
-        Text(4096, "the name of a profile or the path of a profile file"),
-        "Profile that this node serves",
+        Text(4096, "names of profiles or paths of profile files, separated by commas"),
+        "Profiles that this node serves, separated by commas; the first is loaded at once",
     ] = "general"
     model: Annotated[
         str,
@@ -98,6 +99,11 @@ class NodeSlice:
     drain_timeout_s: Annotated[
         float, Between(0, 3600, "seconds"), "How long running generations may go on after SIGTERM"
     ] = 20.0
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """The profiles one by one."""
+        return tuple(dict.fromkeys(part.strip() for part in self.profile.split(",") if part.strip()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +255,11 @@ class NodeConfig:
     def validate(self) -> None:
         """Raise ConfigError where options contradict each other."""
         _ = self.state_folder  # a home folder that does not exist is refused here
+        if not 1 <= len(self.node.profiles) <= PROFILES_MAX:
+            raise ConfigError(
+                f"node.profile names {len(self.node.profiles)} profiles: it must name 1 to {PROFILES_MAX}.",
+                field="node.profile",
+            )
         listen = self.listen
         for key, address in (
             ("listen.client", listen.client),

@@ -24,7 +24,8 @@ def view(local: Load, *others: Member) -> MeshView:
 
 
 def health(view: MeshView, *, draining: bool = False, settled: bool = True) -> dict[str, bool]:
-    return statuses(view, ("p",), draining=draining, settled=settled)
+    able = view.members[0].load.engine is EngineState.READY
+    return statuses(view, {"p": able}, draining=draining, settled=settled)
 
 
 def test_a_ready_node_serves() -> None:

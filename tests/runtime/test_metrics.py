@@ -25,6 +25,7 @@ from tests.runtime.test_node import ANY, Site, new_site, tiny
 __all__ = ["tiny"]
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+GENERAL = (("model_name", "tiny"), ("profile", "general"))
 WATCHED = {"listen": ListenSlice(client=ANY, peer=ANY, metrics=ANY)}
 
 
@@ -69,10 +70,10 @@ async def test_an_answer_moves_the_numbers_of_both_nodes(tmp_path: Path, tiny: P
                 await client.chat("hello", profile="nobody").result()
             await client.nodes()
         after, after_code = await scrape(general), await scrape(code)
-    model = {"model_name": "tiny"}
+    models = {"model_name": "tiny", "profile": "general"}, {"model_name": "tiny", "profile": "code"}
     chat = "fieldmesh.v1.InferenceService.Chat"
     forward = "fieldmesh.v1.PeerService.Forward"
-    for sums in ((before, after), (before_code, after_code)):
+    for model, sums in zip(models, ((before, after), (before_code, after_code)), strict=True):
         assert moved(*sums, "generation_tokens_total", **model) == 20
         assert moved(*sums, "prompt_tokens_total", **model) > 0
         assert moved(*sums, "prefix_cache_queries_total", **model) > 0
@@ -93,7 +94,7 @@ async def test_an_answer_moves_the_numbers_of_both_nodes(tmp_path: Path, tiny: P
             assert moved(*sums, f"peer_{direction}_bytes_total", peer=peer.key.id, lane="tokens") > 0
             assert after[(f"peer_{direction}_bytes_total", (("lane", "control"), ("peer", code.key.id)))] > 0
     assert after[("peers", (("state", "alive"),))] == 1
-    assert after[("engine_state", (*model.items(), ("state", "ready")))] == 1
+    assert after[("engine_state", (*models[0].items(), ("state", "ready")))] == 1
 
 
 async def test_a_repeated_prompt_shows_as_cache_hits(tmp_path: Path, tiny: Path) -> None:
@@ -104,8 +105,8 @@ async def test_a_repeated_prompt_shows_as_cache_hits(tmp_path: Path, tiny: Path)
             for _ in range(2):
                 await client.generate("x" * 100, max_tokens=2, ignore_eos=True).result()
         sums = await scrape(node)
-    hits = sums[("prefix_cache_hits_total", (("model_name", "tiny"),))]
-    assert 90 <= hits <= sums[("prefix_cache_queries_total", (("model_name", "tiny"),))] / 2
+    hits = sums[("prefix_cache_hits_total", GENERAL)]
+    assert 90 <= hits <= sums[("prefix_cache_queries_total", GENERAL)] / 2
 
 
 async def test_a_lost_engine_shows_as_its_state_and_then_as_a_restart(tmp_path: Path, tiny: Path) -> None:
@@ -116,10 +117,9 @@ async def test_a_lost_engine_shows_as_its_state_and_then_as_a_restart(tmp_path: 
         lost = await scrape(node)
         site.engines["general"].recover()
         back = await scrape(node)
-    model = ("model_name", "tiny")
-    assert lost[("engine_state", (model, ("state", "lost")))] == 1
-    assert lost[("engine_restarts_total", (model,))] == 0
-    assert back[("engine_restarts_total", (model,))] == 1
+    assert lost[("engine_state", (*GENERAL, ("state", "lost")))] == 1
+    assert lost[("engine_restarts_total", GENERAL)] == 0
+    assert back[("engine_restarts_total", GENERAL)] == 1
 
 
 async def test_promtool_finds_nothing_to_say(tmp_path: Path, tiny: Path) -> None:

@@ -30,7 +30,8 @@ def check(config: ConfigFile = None, as_json: Json = False) -> None:
     from fieldmesh.config import load, options
 
     loaded = load(file=config)
-    profiles.load(loaded.config.node.profile)
+    for profile in loaded.config.node.profiles:
+        profiles.load(profile)
     values = loaded.values()
     if as_json:
         entries = {

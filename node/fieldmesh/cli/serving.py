@@ -23,7 +23,9 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration
 
 
 def serve(
-    profile: Annotated[str | None, typer.Option(help="A name or a file. [default: general]")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="A name or a file; several: a,b. [default: general]")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of this node. [default: the host's]")] = None,
     mesh: Annotated[str | None, typer.Option(help="Mesh to belong to. [default: fieldmesh]")] = None,
     model: Annotated[str | None, typer.Option(help="GGUF file in place of the profile's.")] = None,

@@ -345,6 +345,14 @@ class ModelTooLarge(FieldmeshError):
     status = Status.FAILED_PRECONDITION
 
 
+class ModelInUse(FieldmeshError):
+    """A model cannot be unloaded while it loads or answers."""
+
+    code = "MODEL_IN_USE"
+    status = Status.FAILED_PRECONDITION
+    retryable = True
+
+
 class StateFolderInUse(FieldmeshError):
     """Another process holds the lock of this node's state folder."""
 

@@ -42,7 +42,13 @@ QUESTIONS_MAX = 64
 
 
 class EngineFront(ABC):
-    """The host's side of one engine. All methods belong to one event loop."""
+    """The host's side of one engine. All methods belong to one event loop.
+
+    ``loaded_share`` says how far loading is, 0 to 1. ``fingerprint_hint`` may be set before ``start`` where
+    the file's SHA-256 is known: it then need not be read twice.
+    """
+
+    pid: int | None = None
 
     def __init__(self, settings: EngineSettings) -> None:
         settings.validate()
@@ -51,6 +57,8 @@ class EngineFront(ABC):
         self.last_loss = ""
         self.steps = 0
         self.tally = EngineTally()
+        self.loaded_share = 0.0
+        self.fingerprint_hint = ""
         self._watch = LoadWatch(settings)
         self._questions: dict[int, asyncio.Future[Report]] = {}
         self._streams = Streams(
@@ -163,7 +171,7 @@ class EngineFront(ABC):
                 self.info = report.info
                 self._watch.set_state(EngineState.READY)
             case Loading():
-                pass
+                self.loaded_share = report.share
             case _:
                 assert_never(report)
 

@@ -60,11 +60,6 @@ class EngineProcess(EngineFront):
 
     # --- the port ---------------------------------------------------------------------------
 
-    @property
-    def pid(self) -> int | None:
-        """The engine's process, while there is one."""
-        return self._process.pid if self._process is not None else None
-
     async def start(self) -> EngineInfo:
         """Load the model. Raises ModelFileInvalid, ConfigError, EngineNotReady (too many crashes)."""
         if self._supervisor is not None:
@@ -133,7 +128,7 @@ class EngineProcess(EngineFront):
                 stderr=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(),),
                 env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
-        self._process = process
+        self._process, self.pid = process, process.pid
         watchdog = asyncio.create_task(self._kill_when_stuck(process), name="engine-watchdog")
         stderr = asyncio.create_task(_tail(process.stderr), name="engine-stderr")
         try:
@@ -155,7 +150,7 @@ class EngineProcess(EngineFront):
                 process.kill()
             await process.wait()
             stderr.cancel()
-            self._process = None
+            self._process = self.pid = None
 
     async def _read_reports(self, reader: asyncio.StreamReader) -> None:
         """Take reports until the process is gone."""
@@ -200,7 +195,7 @@ class EngineProcess(EngineFront):
 
     def _known_fingerprint(self) -> str:
         identity = _file_identity(self.settings.model_path)
-        return self._fingerprints.get(identity, "") if identity else ""
+        return self._fingerprints.get(identity, self.fingerprint_hint) if identity else ""
 
     def _now(self) -> float:
         return time.monotonic()

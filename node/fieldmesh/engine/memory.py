@@ -1,5 +1,5 @@
 """How much memory this process may still take. Owns: reading what the box has free and what cgroups (v1 and
-v2) leave of it. Must not: decide what to do with it.
+v2) leave of it, and what another process takes. Must not: decide what to do with it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ def memory_free_bytes(root: Path = Path("/")) -> int:
     limit of every cgroup above this process; very many where neither is known. ``root`` is where /proc and
     /sys are found. Pages of files that could be dropped count as free."""
     return max(0, min([_box(root), *_cgroups(root)]))
+
+
+def resident_bytes(pid: int, root: Path = Path("/")) -> int:
+    """Bytes of a process that are in memory; 0 where it is gone or this is not Linux."""
+    for line in read_text(root / f"proc/{pid}/status").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "VmRSS" and (words := rest.split()) and words[0].isdigit():
+            return int(words[0]) << 10
+    return 0
 
 
 def _box(root: Path) -> int:

@@ -2,10 +2,13 @@
 
 The whole server ("" and each service) serves while anybody in its view can answer, because any node passes
 questions on; it begins to when its own engine has settled for the first time. A profile
-("fieldmesh.v1.InferenceService/NAME") serves while this node's own engine does. Must not: decide routing.
+("fieldmesh.v1.InferenceService/NAME") serves while this node can answer for it, if need be after loading.
+Must not: decide routing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from grpc_health.v1 import health, health_pb2
 
@@ -18,13 +21,14 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def statuses(view: MeshView, profiles: tuple[str, ...], *, draining: bool, settled: bool) -> dict[str, bool]:
-    """Whether each health service serves. ``settled``: the own engine has been ready, or was given up."""
-    (local,) = [member for member in view.members if member.id == view.local]
+def statuses(
+    view: MeshView, profiles: Mapping[str, bool], *, draining: bool, settled: bool
+) -> dict[str, bool]:
+    """Whether each health service serves. ``profiles``: those of this node, with whether it can answer for
+    them. ``settled``: the own engine has been ready, or was given up."""
     anybody = settled and not draining and any(_can_answer(member) for member in view.members)
-    own = not draining and _can_answer(local)
     return {"": anybody, INFERENCE: anybody, MESH: not draining} | {
-        f"{INFERENCE}/{profile}": own for profile in profiles
+        f"{INFERENCE}/{profile}": able and not draining for profile, able in profiles.items()
     }
 
 
@@ -36,7 +40,7 @@ def _can_answer(member: Member) -> bool:
 class Health:
     """Keeps the health service in step with the mesh."""
 
-    def __init__(self, profiles: tuple[str, ...]) -> None:
+    def __init__(self, profiles: Callable[[], Mapping[str, bool]]) -> None:
         self.servicer = health.aio.HealthServicer()
         self._profiles = profiles
         self._settled = False
@@ -46,7 +50,7 @@ class Health:
         """Tell watchers what changed."""
         (local,) = [member for member in view.members if member.id == view.local]
         self._settled |= local.load.engine in (EngineState.READY, EngineState.FAILED)
-        now = statuses(view, self._profiles, draining=draining, settled=self._settled)
+        now = statuses(view, self._profiles(), draining=draining, settled=self._settled)
         for name, serves in now.items():
             if self._told.get(name) is not serves:
                 await self.servicer.set(name, SERVING if serves else NOT_SERVING)

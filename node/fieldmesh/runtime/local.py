@@ -1,6 +1,6 @@
 """Runs requests on this node's own engines.
 
-Owns: which profiles are hosted here, the pace at which tokens leave (the first at once, then every 25 ms
+Owns: the pace at which tokens leave (the first at once, then every 25 ms
 or 8 tokens: a message costs some 100 µs of CPU at every hop), and ending a run by its request id. Must not:
 choose nodes, or know gRPC.
 """
@@ -10,48 +10,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
-from fieldmesh.core.errors import EngineNotReady, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, Embeddings, FinishReason, Prompt, RequestId, Usage
-from fieldmesh.engine.port import Engine, EngineInfo, Job, JobEvent, Started
-from fieldmesh.profiles import Profile
+from fieldmesh.engine.port import Job, JobEvent, Started
 from fieldmesh.runtime.choices import choice_samplings, together
+from fieldmesh.runtime.models import Models
 
 FLUSH_TOKENS = 8
 FLUSH_INTERVAL_S = 0.025
 
 
-@dataclass(slots=True, kw_only=True)
-class Hosted:
-    """One profile that this node serves; ``info`` is None until its engine has loaded the model."""
-
-    profile: Profile
-    engine: Engine
-    info: EngineInfo | None = None
-
-
 class LocalRuns:
     """The requests that run on this node's engines, whoever asked."""
 
-    def __init__(self, hosted: dict[str, Hosted]) -> None:
-        self.hosted = hosted
+    def __init__(self, models: Models) -> None:
+        self.models = models
         self._aborts: dict[RequestId, asyncio.Future[None]] = {}
-
-    def ready(self, profile: str) -> Hosted:
-        """The hosted profile. Raises ProfileNotFound, EngineNotReady."""
-        found = self.hosted.get(profile)
-        if found is None:
-            raise ProfileNotFound(
-                f"This node does not serve profile {profile!r}; it serves {', '.join(self.hosted)}",
-                field="target.profile",
-            )
-        if found.info is None:
-            raise EngineNotReady(
-                "The engine is still loading its model; ask again shortly", retry_after_s=0.5
-            )
-        return found
 
     async def run(
         self, ask: Ask, *, profile: str, generation_id: str, epoch: int, deadline_s: float | None
@@ -60,26 +36,28 @@ class LocalRuns:
 
         Raises what ``Engine.submit`` raises, ProfileNotFound and EngineNotReady.
         """
-        hosted = self.ready(profile)
-        sampling = ask.sampling.over(hosted.profile.sampling)
-        jobs = [
-            Job(
-                generation_id=f"{generation_id}/{epoch}/{index}",
-                prompt=ask.prompt,
-                sampling=choice,
-                epoch=epoch,
-                priority=ask.priority,
-                deadline_s=deadline_s,
-            )
-            for index, choice in enumerate(choice_samplings(sampling))
-        ]
-        aborted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        due = None if deadline_s is None else loop.time() + deadline_s
+        sampling = ask.sampling.over(self.models.find(profile).profile.sampling)
+        aborted: asyncio.Future[None] = loop.create_future()
         self._aborts[ask.request_id] = aborted
         try:
-            runs = [paced(hosted.engine.submit(job), aborted) for job in jobs]
-            async with aclosing(runs[0] if len(runs) == 1 else together(runs)) as events:
-                async for event in events:
-                    yield event
+            async with self.models.using(profile) as engine:
+                jobs = [
+                    Job(
+                        generation_id=f"{generation_id}/{epoch}/{index}",
+                        prompt=ask.prompt,
+                        sampling=choice,
+                        epoch=epoch,
+                        priority=ask.priority,
+                        deadline_s=None if due is None else due - loop.time(),
+                    )
+                    for index, choice in enumerate(choice_samplings(sampling))
+                ]
+                runs = [paced(engine.submit(job), aborted) for job in jobs]
+                async with aclosing(runs[0] if len(runs) == 1 else together(runs)) as events:
+                    async for event in events:
+                        yield event
         finally:
             if self._aborts.get(ask.request_id) is aborted:
                 del self._aborts[ask.request_id]
@@ -94,13 +72,13 @@ class LocalRuns:
 
     async def tokenize(self, profile: str, prompt: Prompt) -> tuple[tuple[int, ...], str]:
         """Token ids, and the model whose they are. Raises ProfileNotFound, EngineNotReady, EngineLost."""
-        hosted = self.ready(profile)
-        assert hosted.info is not None
-        return await hosted.engine.tokenize(prompt), hosted.info.model
+        async with self.models.using(profile) as engine:
+            return await engine.tokenize(prompt), engine.settings.model_name
 
     async def embed(self, profile: str, texts: tuple[str, ...], deadline_s: float | None) -> Embeddings:
         """Vectors of texts. Raises what ``Engine.embed`` raises, ProfileNotFound and EngineNotReady."""
-        return await self.ready(profile).engine.embed(texts, deadline_s=deadline_s)
+        async with self.models.using(profile) as engine:
+            return await engine.embed(texts, deadline_s=deadline_s)
 
 
 async def paced(

@@ -7,7 +7,7 @@ Must not: count (the parts of the node do), listen (``scrapes`` does), or change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -21,11 +21,11 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 
 from fieldmesh import __version__
-from fieldmesh.core.model import PROTOCOL_VERSION_MAX, EngineState, MeshView, NodeState
+from fieldmesh.core.model import PROTOCOL_VERSION_MAX, MeshView, NodeState
 from fieldmesh.core.tally import Counts, Histogram
-from fieldmesh.engine.front import EngineFront
 from fieldmesh.runtime.door import Calls
 from fieldmesh.runtime.links import PEERS_COUNTED_MAX, PeerBytes
+from fieldmesh.runtime.models import STATES, Hosted, Models
 from fieldmesh.runtime.service import Service
 
 PEERS_SHOWN_MAX = PEERS_COUNTED_MAX
@@ -36,7 +36,7 @@ class Sources:
     """Where the numbers are."""
 
     view: Callable[[], MeshView]
-    engines: Callable[[], Iterable[EngineFront]]
+    models: Models
     service: Service
     calls: Calls
     peer_bytes: PeerBytes
@@ -58,7 +58,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Every family with its present values."""
-        yield from _engine_families(list(self._sources.engines()))
+        yield from _engine_families(self._sources.models)
         yield from _request_families(self._sources.service, self._sources.calls)
         yield from _mesh_families(self._sources.view(), self._sources.peer_bytes)
         build = InfoMetricFamily("fieldmesh_build", "Version of this node")
@@ -66,26 +66,27 @@ class Metrics:
         yield build
 
 
-def _engine_families(engines: list[EngineFront]) -> Iterator[Metric]:
-    label = ("model_name",)
+def _engine_families(models: Models) -> Iterator[Metric]:
+    label = ("model_name", "profile")
+    found = [((e.settings.model_name, name), e) for name, e in models.hosted.items()]
 
     def each(
         family: type[GaugeMetricFamily] | type[CounterMetricFamily],
         name: str,
         words: str,
-        value: Callable[[EngineFront], float],
+        value: Callable[[Hosted], float],
     ) -> Metric:
         made = family(f"fieldmesh_{name}", words, labels=label)
-        for engine in engines:
-            made.add_metric((engine.settings.model_name,), value(engine))
+        for labels, entry in found:
+            made.add_metric(labels, value(entry))
         return made
 
     gauge, counter = GaugeMetricFamily, CounterMetricFamily
-    yield each(gauge, "num_requests_running", "Generations in a slot", lambda e: e.load().running)
-    yield each(gauge, "num_requests_running_max", "Slots of the engine", lambda e: e.load().slots)
-    yield each(gauge, "num_requests_waiting", "Generations that wait for a slot", lambda e: e.load().queued)
-    yield each(gauge, "num_requests_waiting_max", "Room of the queue", lambda e: e.load().queue_max)
-    yield each(gauge, "kv_cache_usage_perc", "KV cells in use, 0 to 1", lambda e: e.load().kv_pressure)
+    yield each(gauge, "num_requests_running", "Generations in a slot", lambda e: e.load.running)
+    yield each(gauge, "num_requests_running_max", "Slots of the engine", lambda e: e.load.slots)
+    yield each(gauge, "num_requests_waiting", "Generations that wait for a slot", lambda e: e.load.queued)
+    yield each(gauge, "num_requests_waiting_max", "Room of the queue", lambda e: e.load.queue_max)
+    yield each(gauge, "kv_cache_usage_perc", "KV cells in use, 0 to 1", lambda e: e.load.kv_pressure)
     yield each(counter, "prompt_tokens", "Tokens of admitted prompts", lambda e: e.tally.prompt_tokens)
     yield each(counter, "generation_tokens", "Tokens generated", lambda e: e.tally.generation_tokens)
     yield each(
@@ -118,15 +119,15 @@ def _engine_families(engines: list[EngineFront]) -> Iterator[Metric]:
     between = HistogramMetricFamily(
         "fieldmesh_inter_token_latency_seconds", "Time between two tokens of a generation", labels=label
     )
-    for engine in engines:
-        name = engine.settings.model_name
-        for state in EngineState:
-            states.add_metric((name, state.value), float(engine.state is state))
-        for reason, count in engine.tally.finished.items():
-            finished.add_metric((name, reason.value), count)
-        for phase, histogram in engine.tally.step_s.items():
-            _add(steps, (name, phase), histogram)
-        _add(between, (name,), engine.tally.inter_token_s)
+    for labels, entry in found:
+        present = models.state(entry.profile.name)
+        for state in STATES:
+            states.add_metric((*labels, state), float(present == state))
+        for reason, count in entry.tally.finished.items():
+            finished.add_metric((*labels, reason.value), count)
+        for phase, histogram in entry.tally.step_s.items():
+            _add(steps, (*labels, phase), histogram)
+        _add(between, labels, entry.tally.inter_token_s)
     yield from (states, finished, steps, between)
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from random import Random, SystemRandom
 
 import grpc
@@ -28,22 +27,21 @@ from fieldmesh.client.discovery import Announcement
 from fieldmesh.config import LimitsSlice, NodeConfig
 from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
 from fieldmesh.core.effective import Rules
-from fieldmesh.core.errors import AddressInUse, FieldmeshError
+from fieldmesh.core.errors import AddressInUse
 from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
 from fieldmesh.core.model import (
     PROTOCOL_VERSION_MAX,
     PROTOCOL_VERSION_MIN,
     Address,
-    EngineState,
     MeshView,
     NodeState,
+    ProfileOffer,
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
 from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fit import demand_fit
-from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.gguf import read_header
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.memory import memory_free_bytes
@@ -64,8 +62,9 @@ from fieldmesh.runtime.health import Health
 from fieldmesh.runtime.identity import EnvelopeSealer
 from fieldmesh.runtime.identity import Identity as Key
 from fieldmesh.runtime.links import LinksConfig, server_options
-from fieldmesh.runtime.local import Hosted, LocalRuns
+from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.metrics import Metrics, Sources
+from fieldmesh.runtime.models import Hosted, MakeEngine, Models
 from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
@@ -76,10 +75,6 @@ SERVER_STOP_GRACE_S = 1.0
 ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
 PREFILL_SHARE_TOKENS_MIN = 16
-FINGERPRINT_KEY = "fingerprint"
-
-MakeEngine = Callable[[EngineSettings], EngineFront]
-"""Protocol tests bring a fake engine; everything else has the real one."""
 
 logger = log.get()
 
@@ -123,18 +118,20 @@ class Node:
     def __init__(self, config: NodeConfig, make_engine: MakeEngine) -> None:
         self.config = config
         self._make_engine = make_engine
-        self.profile: Profile = profiles.load(config.node.profile)
+        self.profiles = tuple(profiles.load(name) for name in config.node.profiles)
         self.client_address = config.listen.client
         self.peer_address = config.listen.peer
         self.metrics_address: Address | None = None
         self._calls = no_calls()
         self._rng = Random(SystemRandom().getrandbits(64))
         self._draining = False
+        self._offered: tuple[ProfileOffer, ...] = ()
+        self._able_changed = asyncio.Event()
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Start every part; ``stack`` ends them in the opposite order."""
         config = self.config
-        self._engine = self._make_engine(engine_settings(config, self.profile))
+        hosted = [hosted_profile(config, profile) for profile in self.profiles]
         folder = stack.enter_context(StateFolder.open(config.state_folder))
         self.key = Key.load(folder)
         links_config = LinksConfig(
@@ -151,14 +148,21 @@ class Node:
             own=own_rules(config),
             rng=self._rng,
         )
+        self.models = Models(
+            hosted,
+            budget_bytes=memory_budget_bytes(config),
+            make_engine=self._make_engine,
+            folder=folder,
+            on_change=self._models_changed,
+        )
         self._service = self._make_service()
-        self._health = Health((self.profile.name,))
+        self._health = Health(lambda: {name: self.models.able(name) for name in self.models.hosted})
         client_server = self._client_server()
         peer_server = self._peer_server(links_config)
         self.client_address = _bind(client_server, config.listen.client, "listen.client")
         self.peer_address = _bind(peer_server, config.listen.peer, "listen.peer")
         self._announce_addresses()
-        self._offer_as_before(folder)
+        self._models_changed()
         await peer_server.start()
         stack.push_async_callback(peer_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._driver.close)
@@ -167,18 +171,18 @@ class Node:
         await client_server.start()
         stack.push_async_callback(client_server.stop, SERVER_STOP_GRACE_S)
         stack.push_async_callback(self._service.close)
-        stack.push_async_callback(self._engine.close)
+        stack.push_async_callback(self.models.close)
         self._driver.observe(self._service.view_changed)
         self.metrics_address = await stack.enter_async_context(
             scrapes.listening(config.listen.metrics, self._metrics().page)
         )
-        await stack.enter_async_context(self._background(folder))
+        await stack.enter_async_context(self._background())
         logger.info(
             "node_started",
             name=config.node.name,
             id=self.key.id,
             mesh=config.node.mesh,
-            profile=self.profile.name,
+            profile=",".join(profile.name for profile in self.profiles),
             client=str(self.client_address),
             peer=str(self.peer_address),
             metrics=str(self.metrics_address or "off"),
@@ -196,10 +200,10 @@ class Node:
 
     async def drain(self, timeout_s: float, now: asyncio.Event) -> None:
         """Take no new requests, and wait for those that run, at most ``timeout_s`` or until ``now``."""
-        logger.info("node_draining", running=self._engine.load().running, timeout_s=timeout_s)
+        logger.info("node_draining", running=self.models.node_load().running, timeout_s=timeout_s)
         self._draining = True
         self._service.drain()
-        self._tell_load()
+        self._models_changed()
         await self._agreement.leave()
         await self._health.update(self.view, draining=True)
         over = asyncio.get_running_loop().time() + timeout_s
@@ -209,7 +213,7 @@ class Node:
 
     @property
     def _busy(self) -> bool:
-        return bool(self._service.running or self._engine.load().running)
+        return bool(self._service.running or self.models.node_load().running)
 
     # --- parts -----------------------------------------------------------------------------
 
@@ -234,7 +238,6 @@ class Node:
     def _make_service(self) -> Service:
         config = self.config
         router = Router(self.view, rules=self._agreement.rules, rng=self._rng)
-        hosted = Hosted(profile=self.profile, engine=self._engine)
         return Service(
             entry=Entry(
                 node=self.key.id,
@@ -243,7 +246,7 @@ class Node:
             ),
             view=lambda: self._driver.view,
             router=router,
-            local=LocalRuns({self.profile.name: hosted}),
+            local=LocalRuns(self.models),
             forwarder=Forwarder(self._driver.links.tokens, self._driver.links.bytes),
             rules=self._agreement.rules,
             config=service_config(config),
@@ -300,7 +303,7 @@ class Node:
         return Metrics(
             Sources(
                 view=lambda: self._driver.view,
-                engines=lambda: (self._engine,),
+                models=self.models,
                 service=self._service,
                 calls=self._calls,
                 peer_bytes=self._driver.links.bytes,
@@ -310,12 +313,12 @@ class Node:
     # --- news between parts ------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _background(self, folder: StateFolder) -> AsyncIterator[None]:
+    async def _background(self) -> AsyncIterator[None]:
         """Everything that goes on beside requests; a part that fails ends the node, loudly."""
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._run_engine(folder), name="engine"),
-                group.create_task(self._follow_load(), name="load"),
+                group.create_task(self.models.run(), name="models"),
+                group.create_task(self._follow_models(), name="health"),
                 group.create_task(self._follow_view(), name="view"),
                 group.create_task(self._agreement.run(), name="agreement"),
                 group.create_task(self._discover(), name="discovery"),
@@ -324,60 +327,20 @@ class Node:
             for task in tasks:
                 task.cancel()
 
-    def _offer_as_before(self, folder: StateFolder) -> None:
-        """Offer the profile while its model still loads, where the file is the one of the last time: the
-        mesh then waits for a node that restarts, and does not say that nobody offers what it does."""
-        fingerprint = folder.read(FINGERPRINT_KEY)
-        if fingerprint is not None and fingerprint.startswith(self._model_stamp()):
-            self._offer(fingerprint.removeprefix(self._model_stamp()).decode())
+    def _models_changed(self) -> None:
+        """Tell the mesh what this node offers, and how busy it is."""
+        if (offers := self.models.offers()) != self._offered:
+            self._offered = offers
+            self._driver.handle(OfferChanged(profiles=offers))
+        self._driver.load_changed(replace(self.models.node_load(), draining=self._draining))
+        self._able_changed.set()
 
-    def _model_stamp(self) -> bytes:
-        """Changes when the model's file does, short of reading it."""
-        status = Path(self._engine.settings.model_path).stat()
-        return f"{self._engine.settings.model_path} {status.st_size} {status.st_mtime_ns} ".encode()
-
-    def _offer(self, fingerprint: str) -> None:
-        offer = self.profile.offer(self._engine.settings.model_name, fingerprint)
-        self._driver.handle(OfferChanged(profiles=(offer,)))
-
-    async def _run_engine(self, folder: StateFolder) -> None:
-        """Load the model, then offer the profile to the mesh."""
-        try:
-            info = await self._engine.start()
-            self._offer(info.fingerprint)
-        except FieldmeshError as error:  # the node lives on: it passes questions to others
-            logger.error("profile_not_offered", code=error.code, error=error.message)
-            return
-        self._service.local.hosted[self.profile.name].info = info
-        self._tell_load()
-        logger.info(
-            "engine_ready",
-            model=info.model,
-            threads=info.threads,
-            slots=info.slots,
-            context_tokens=info.context_tokens,
-        )
-        try:
-            stamped = self._model_stamp() + info.fingerprint.encode()
-            if folder.read(FINGERPRINT_KEY) != stamped:
-                await asyncio.to_thread(folder.write, FINGERPRINT_KEY, stamped)
-        except (OSError, FieldmeshError) as error:  # the next start offers a little later, that is all
-            logger.warning("fingerprint_not_kept", why=str(error))
-
-    async def _follow_load(self) -> None:
-        state = EngineState.LOADING
+    async def _follow_models(self) -> None:
+        """Tell health of profiles of which the mesh hears nothing new."""
         while True:
-            load = await self._engine.wait_load_changed()
-            if load.engine is not state:
-                state = load.engine
-                logger.info("engine_state", state=state.value, why=self._engine.last_loss)
-            self._tell_load()
-
-    def _tell_load(self) -> None:
-        load = self._engine.load()
-        if self._service.local.hosted[self.profile.name].info is None and load.engine is EngineState.READY:
-            return  # ready, but not offered yet
-        self._driver.load_changed(replace(load, draining=self._draining))
+            await self._able_changed.wait()
+            self._able_changed.clear()
+            await self._health.update(self.view, draining=self._draining)
 
     async def _follow_view(self) -> None:
         view = self.view
@@ -441,8 +404,8 @@ class Node:
         return not any(m.state is NodeState.ALIVE for m in self.view.members if m.id != self.key.id)
 
 
-def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
-    """How the engine is set up for a profile. Raises ModelFileInvalid, ModelTooLarge, ConfigError."""
+def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
+    """A profile with its engine's settings. Raises ModelFileInvalid, ModelTooLarge, ConfigError."""
     path = profiles.model_path(profile, config.node.model)
     header = read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
     engine = config.engine
@@ -466,8 +429,13 @@ def engine_settings(config: NodeConfig, profile: Profile) -> EngineSettings:
         crash_window_s=600.0,
     )
     settings.validate()
-    demand_fit(header, settings, engine.memory_mib_max << 20 or memory_free_bytes())
-    return settings
+    fit = demand_fit(header, settings, memory_budget_bytes(config))
+    return Hosted(profile=profile, settings=settings, size_bytes=fit.total)
+
+
+def memory_budget_bytes(config: NodeConfig) -> int:
+    """What this node's models may take together."""
+    return config.engine.memory_mib_max << 20 or memory_free_bytes()
 
 
 def own_rules(config: NodeConfig) -> Rules:

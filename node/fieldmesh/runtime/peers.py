@@ -45,7 +45,7 @@ class Peers:
         ask = self._ask(request)
         path = tuple(NodeId(node) for node in request.path)
         deadline_s = context.time_remaining()
-        if request.profile in self._service.local.hosted:
+        if request.profile in self._service.local.models.hosted:
             responses = self._run_here(request, ask, deadline_s)
         elif request.hops_left > 0:
             responses = self._pass_on(request, ask, path, deadline_s)

@@ -1,0 +1,211 @@
+"""Several models in one node. Goal: each is there when it is asked for, never more than fit, none leaves
+while it answers, and the node never looks idle or dead for what is merely not loaded.
+
+Method: whole nodes whose budget holds one of two models, with fake engines; one test with real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fieldmesh.config import EngineSlice
+from fieldmesh.core.errors import (
+    FieldmeshError,
+    ModelFileInvalid,
+    ModelInUse,
+    ModelTooLarge,
+    ProfileNotFound,
+)
+from fieldmesh.core.model import EngineState
+from fieldmesh.engine.fake import FakeEngine
+from fieldmesh.engine.host import EngineProcess
+from fieldmesh.engine.port import EngineInfo
+from fieldmesh.runtime.models import Models
+from fieldmesh.runtime.node import Node, running
+from tests.runtime.test_node import FAST, Site, new_site, tiny
+
+__all__ = ["tiny"]
+
+ROOM_FOR_ONE = EngineSlice(memory_mib_max=100)
+ROOM_FOR_BOTH = EngineSlice(memory_mib_max=400)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, tiny: Path) -> AsyncIterator[Site]:
+    async with new_site(tmp_path, tiny) as made:
+        yield made
+
+
+async def new_node(site: Site, engine: EngineSlice = ROOM_FOR_ONE) -> Node:
+    node = await site.start("both", "general,code", engine=engine)
+    await site.formed()
+    async with asyncio.timeout(10):
+        while len(node.models.offers()) < 2:
+            await node._driver.wait_view_changed(node.view.revision)
+    return node
+
+
+def states(models: Models) -> dict[str, str]:
+    return {status.profile: status.state for status in models.statuses()}
+
+
+async def until_waiting(models: Models, profile: str) -> None:
+    """Return when somebody waits for this profile."""
+    changed, told = asyncio.Event(), models._on_change
+
+    def tell() -> None:
+        told()
+        changed.set()
+
+    models._on_change = tell
+    async with asyncio.timeout(10):
+        while not models._waiters[profile]:
+            await changed.wait()
+            changed.clear()
+
+
+async def test_a_model_is_loaded_for_its_first_question_and_the_idle_one_goes(site: Site) -> None:
+    node = await new_node(site)
+    assert states(node.models) == {"general": "ready", "code": "cold"}
+    first = node.models.hosted["general"].engine
+    async with site.client("both") as client:
+        result = await client.chat("hello", profile="code", max_tokens=5).result()
+        assert (result.profile, result.served_by) == ("code", "both")
+        assert states(node.models) == {"general": "cold", "code": "ready"}
+        assert first is not None and first.state is EngineState.LOST, "its engine was closed"
+        again = await client.chat("hello", profile="general", max_tokens=5).result()
+        assert again.profile == "general"
+
+
+async def test_both_stay_where_both_fit(site: Site) -> None:
+    node = await new_node(site, ROOM_FOR_BOTH)
+    async with site.client("both") as client:
+        for profile in ("general", "code", "general"):
+            await client.chat("hello", profile=profile, max_tokens=5).result()
+    assert states(node.models) == {"general": "ready", "code": "ready"}
+
+
+async def test_a_model_that_answers_stays_until_it_is_done(site: Site) -> None:
+    node = await new_node(site)
+    async with site.client("both") as client:
+        stream = client.chat("hello", profile="general", max_tokens=2000, ignore_eos=True)
+        await anext(stream)
+        other = asyncio.create_task(client.chat("hello", profile="code", max_tokens=5).result())
+        await until_waiting(node.models, "code")
+        assert states(node.models)["general"] == "ready"
+        await stream.close()
+        assert (await other).profile == "code"
+
+
+async def test_a_caller_who_leaves_while_a_model_waits_for_room_is_forgotten(site: Site) -> None:
+    node = await new_node(site)
+    models = node.models
+    async with models.using("general"):
+        waiting = asyncio.create_task(models.load("code"))
+        await until_waiting(models, "code")
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        assert not models._waiters["code"]
+    assert states(models) == {"general": "ready", "code": "cold"}
+    await models.load("code")
+    assert states(models) == {"general": "cold", "code": "ready"}
+
+
+async def test_a_node_is_ready_and_its_profiles_serve_while_their_models_are_cold(site: Site) -> None:
+    node = await new_node(site)
+    await node.models.unload("general")
+    assert states(node.models) == {"general": "cold", "code": "cold"}
+    load = node.models.node_load()
+    assert load.engine is EngineState.READY and load.accepting
+    async with grpc.aio.insecure_channel(str(node.client_address)) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for profile in ("general", "code"):
+            request = health_pb2.HealthCheckRequest(service=f"fieldmesh.v1.InferenceService/{profile}")
+            assert (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_operators_load_and_unload_but_not_under_a_reader(site: Site) -> None:
+    node = await new_node(site, ROOM_FOR_BOTH)
+    models = node.models
+    await models.load("code")
+    async with models.using("code"):
+        with pytest.raises(ModelInUse):
+            await models.unload("code")
+    await models.unload("code")
+    await models.unload("code")
+    assert states(models) == {"general": "ready", "code": "cold"}
+    with pytest.raises(ProfileNotFound):
+        await models.load("nobody")
+
+
+async def test_a_file_that_changed_is_told_by_its_digest(site: Site) -> None:
+    content = bytearray(site.model.read_bytes())
+    site.model = site.folder / "copy.gguf"
+    site.model.write_bytes(content)
+    node = await new_node(site, ROOM_FOR_BOTH)
+    found, known = await node.models.verify("code")
+    assert found == known
+    content[-1] ^= 1
+    site.model.write_bytes(content)
+    found, known = await node.models.verify("code")
+    assert found != known
+    site.model.write_bytes(content[:-100])
+    with pytest.raises(ModelFileInvalid):
+        await node.models.verify("code")
+
+
+async def test_models_that_do_not_fit_alone_are_refused_at_the_start(site: Site) -> None:
+    with pytest.raises(ModelTooLarge):
+        await new_node(site, EngineSlice(memory_mib_max=20))
+
+
+class Broken(FakeEngine):
+    """An engine whose library refuses the model."""
+
+    async def start(self) -> EngineInfo:
+        raise ModelFileInvalid("llama.cpp cannot load it")
+
+
+async def test_one_profile_that_cannot_be_loaded_does_not_take_the_others_with_it(site: Site) -> None:
+    kinds = iter((FakeEngine, Broken, FakeEngine))
+    config = site.config("both", "general,code", engine=ROOM_FOR_BOTH)
+    async with running(config, lambda settings: next(kinds)(settings, cost=FAST)) as node:
+        site.nodes["both"] = node
+        await site.formed()
+        async with site.client("both") as client:
+            with pytest.raises(FieldmeshError):
+                await client.chat("hello", profile="code", timeout_s=2.0).result()
+            assert states(node.models)["code"] == "failed"
+            assert {offer.name for offer in node.models.offers()} == {"general"}
+            answer = await client.chat("hello", profile="general", max_tokens=5).result()
+            assert answer.served_by == "both"
+            await node.models.load("code")
+            assert (await client.chat("hello", profile="code", max_tokens=5).result()).profile == "code"
+
+
+@pytest.mark.engine
+async def test_the_memory_of_a_model_that_goes_is_really_back(site: Site) -> None:
+    config = site.config("both", "general,code", engine=ROOM_FOR_ONE)
+    async with running(config, EngineProcess) as node:
+        site.nodes["both"] = node
+        await site.formed()
+        before = {s.profile: s for s in node.models.statuses()}
+        engine = node.models.hosted["general"].engine
+        assert engine is not None and engine.pid is not None
+        pid = engine.pid
+        assert before["general"].resident_bytes == pytest.approx(
+            psutil.Process(pid).memory_info().rss, rel=0.2
+        )
+        await node.models.load("code")
+        assert not psutil.pid_exists(pid)
+        after = {s.profile: s for s in node.models.statuses()}
+        assert (after["general"].state, after["general"].resident_bytes) == ("cold", 0)
+        assert (after["code"].state, after["code"].loaded_share) == ("ready", 1.0)
+        assert after["code"].resident_bytes > 0
