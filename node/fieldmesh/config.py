@@ -171,6 +171,11 @@ class EngineSlice:
         Between(0, 16_777_216, "MiB"),
         "Memory that models may take; 0: what is free when the node starts",
     ] = 0
+    states_mib_max: Annotated[
+        int,
+        Between(0, 1_048_576, "MiB"),
+        "Disk for computed conversations that may come back, in the state folder; 0: none are kept",
+    ] = 256
     restarts_max: Annotated[
         int, Between(0, 1000), "Restarts of a lost engine in ten minutes before it is given up"
     ] = 30

@@ -257,7 +257,7 @@ class Batcher:
     def _preempt(self, victim: Running) -> bool:
         """Put a running sequence back into the queue, with its state saved where that is worth it."""
         work, known, state = victim.work, victim.tokens[: victim.computed], ""
-        if self.config.stored_cells and victim.computed >= self.config.restore_tokens_min:
+        if self.cache.stored.cells_max and victim.computed >= self.config.restore_tokens_min:
             if not self.cache.transfer_free:
                 return False
             if state := self.cache.save(victim.slot, work.adapter, known):
@@ -420,6 +420,14 @@ class Batcher:
         """Token counts of a running generation so far; None if it is not running."""
         sequence = self._running.get(generation_id)
         return sequence.usage if sequence else None
+
+    def position(self, generation_id: str) -> tuple[int, int, list[int], str] | None:
+        """Slot of a running generation, how many tokens are computed there, all that are known, and its
+        adapter; None where nothing is computed."""
+        sequence = self._running.get(generation_id)
+        if sequence is None or sequence.ended or not sequence.computed:
+            return None
+        return sequence.slot, sequence.computed, list(sequence.tokens), sequence.work.adapter
 
     def load(self, *, draining: bool = False) -> Load:
         """Everything that routing wants to know, measured."""

@@ -109,6 +109,13 @@ class DomainNotFound(FieldmeshError):
     status = Status.NOT_FOUND
 
 
+class StateRefused(FieldmeshError):
+    """The saved state of a sequence cannot be used or kept here: compute its tokens again."""
+
+    code = "STATE_REFUSED"
+    status = Status.FAILED_PRECONDITION
+
+
 class GenerationNotFound(FieldmeshError):
     """No running generation has this id."""
 

@@ -180,7 +180,7 @@ class Residency:
 
     def _make_room(self, adapter: str, tokens: Sequence[int]) -> bool:
         """Evict saved states for ``tokens``; first those that know nothing else."""
-        if len(tokens) > self._config.stored_cells:
+        if len(tokens) > self.stored.cells_max:
             return False
         if self._config.cuttable:
             for name in self.stored.covered(adapter, tokens):

@@ -46,21 +46,23 @@ _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 18
 
 
-def main(fd: int, parent_pid: int) -> int:
-    """Serve the host on the inherited socket ``fd`` until it closes. Returns the exit status."""
+def main(fd: int, parent_pid: int, exchange_fd: int) -> int:
+    """Serve the host on the inherited socket ``fd`` until it closes, with states passing through
+    ``exchange_fd``. Returns the exit status."""
     _prepare_process(parent_pid)
     channel = _Channel(socket.socket(fileno=fd))
     configure = next(channel.commands(None), None)
     if not isinstance(configure, Configure):
         return 2 if configure else 0
     try:
-        loop, info, grammars = _load(configure, channel)
+        loop, info, grammars = _load(configure, channel, exchange_fd)
     except FieldmeshError as error:
         channel.send([failed(0, error)])
         return 3
     channel.send([Ready(info), loop.statistics()])
     _serve(channel, loop)
     grammars.close()
+    loop.close()
     return 0
 
 
@@ -87,7 +89,9 @@ def _serve(channel: _Channel, loop: EngineLoop) -> None:
         busy = streams or bool(loop.embeddings)
 
 
-def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineInfo, Grammars]:
+def _load(
+    configure: Configure, channel: _Channel, exchange_fd: int
+) -> tuple[EngineLoop, EngineInfo, Grammars]:
     settings = configure.settings
     settings.validate()
     header = read_header(settings.model_path)
@@ -100,6 +104,8 @@ def _load(configure: Configure, channel: _Channel) -> tuple[EngineLoop, EngineIn
     grammars = Grammars(model.vocabulary, Trial, channel.wake)
     loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32), grammars=grammars)
     loop.warm_up(time.monotonic)
+    if settings.state_bytes_max:
+        loop.keep_states(model, model.state_facts() | {"file": fingerprint}, exchange_fd, wake=channel.wake)
     return loop, _info(settings, header, fingerprint, model, loop), grammars
 
 
@@ -118,6 +124,7 @@ def _info(
         chat_template=loop.has_chat_template,
         settings={
             "flash_attention": str(settings.flash_attention).lower(),
+            "state_bytes_max": str(settings.state_bytes_max),
             "kv_type": settings.kv_type,
             "prefill_tokens": str(settings.prefill_tokens),
             "mixed_tokens": str(settings.mixed_tokens),

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ _BYTES = 256
 _BOS, _EOS = _BYTES, _BYTES + 1
 _FIRST_WORD = _BYTES + 2
 FAKE_VOCABULARY_TOKENS = _FIRST_WORD + len(_WORDS)
+FAKE_STATE_BYTES = 64
 _END_EVERY_TOKENS = 200
 """On average a fake answer ends by itself after this many tokens."""
 
@@ -71,9 +73,16 @@ class FakeModel:
             for token in piece.token_ids
         ]
 
-    def place(self, places: Sequence[Place]) -> list[int]:
+    def place(self, places: Sequence[Place], fetched: memoryview | None = None) -> list[int]:
         """Nothing is computed, so nothing needs its place."""
         return []
+
+    def state_bytes(self, slot: int) -> int:
+        """A state says nothing, and takes little room."""
+        return FAKE_STATE_BYTES
+
+    def save_state(self, slot: int, into: memoryview) -> None:
+        """There is nothing to say."""
 
     def run(self, slices: Sequence[Slice]) -> Mapping[str, int]:
         """Every slice that samples, in order."""
@@ -168,7 +177,11 @@ class FakeEngine(EngineFront):
         """Come back after ``lose``: an empty engine, ready."""
         self.tally.restarts += self._task is not None
         seeds = count(1)
-        loop = EngineLoop(self.settings, FakeModel(), new_seed=lambda: next(seeds))
+        model = FakeModel()
+        settings = replace(self.settings, state_folder="")  # what says nothing need not reach a disk
+        loop = EngineLoop(settings, model, new_seed=lambda: next(seeds))
+        if self.settings.state_bytes_max:
+            loop.keep_states(model, {"fake": True}, self._exchange.fd, wake=self._arrived.set, inline=True)
         self._commands.clear()
         self._take(Ready(self._describe()))
         self._take(loop.statistics())
@@ -188,6 +201,7 @@ class FakeEngine(EngineFront):
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._lose(EngineState.LOST, "the engine was closed")
+        self._exchange.close()
 
     def _send(self, command: Command) -> None:
         if self.state is EngineState.READY:

@@ -75,11 +75,25 @@ class Embed(_Message, frozen=True):
     deadline: float | None
 
 
+class Export(_Message, frozen=True):
+    """Put the state of the running job ``generation`` into the shared memory."""
+
+    key: int
+    generation: int
+
+
+class Import(_Message, frozen=True):
+    """Take in the state of ``size`` bytes that is in the shared memory."""
+
+    key: int
+    size: int
+
+
 class Ping(_Message, frozen=True):
     """Ask for ``Statistics``, to see whether the engine still moves."""
 
 
-Command = Configure | Submit | Cancel | Pause | Resume | Tokenize | Embed | Ping
+Command = Configure | Submit | Cancel | Pause | Resume | Tokenize | Embed | Export | Import | Ping
 
 
 # --- engine to host ----------------------------------------------------------------------
@@ -139,6 +153,19 @@ class Tokenized(_Message, frozen=True):
     token_ids: tuple[int, ...]
 
 
+class Exported(_Message, frozen=True):
+    """The answer to ``Export``: ``size`` bytes are there."""
+
+    key: int
+    size: int
+
+
+class Imported(_Message, frozen=True):
+    """The answer to ``Import``."""
+
+    key: int
+
+
 class StepTiming(_Message, frozen=True):
     """One step: ``decoded`` sequences got their next token ``interval_s`` after the one before, ``prefilled``
     tokens of prompts were computed, ``sampled`` tokens drawn, all in ``duration_s``."""
@@ -167,7 +194,19 @@ class Statistics(_Message, frozen=True):
     timing: StepTiming | None = None
 
 
-Report = Loading | Ready | Failed | Accepted | Tokens | Done | Tokenized | Embedded | Statistics
+Report = (
+    Loading
+    | Ready
+    | Failed
+    | Accepted
+    | Tokens
+    | Done
+    | Tokenized
+    | Embedded
+    | Exported
+    | Imported
+    | Statistics
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _commands = msgspec.msgpack.Decoder(list[Command])

@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from typing import Any, assert_never
 
-from fieldmesh.core.errors import EngineLost, EngineNotReady, QueueFull
+from fieldmesh.core.errors import EngineLost, EngineNotReady, GenerationNotFound, QueueFull
 from fieldmesh.core.model import Embeddings, EngineState, Load, Prompt
 from fieldmesh.engine.checks import check_job, check_prompt, check_texts
+from fieldmesh.engine.exchange import Exchange
 from fieldmesh.engine.frames import (
     Accepted,
     Cancel,
@@ -22,7 +23,9 @@ from fieldmesh.engine.frames import (
     Done,
     Embed,
     Embedded,
+    Exported,
     Failed,
+    Imported,
     Loading,
     Ready,
     Report,
@@ -35,6 +38,7 @@ from fieldmesh.engine.frames import (
 from fieldmesh.engine.loads import LoadWatch
 from fieldmesh.engine.port import EngineInfo, Job, JobEvent
 from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.states import SequenceState
 from fieldmesh.engine.streams import Streams
 from fieldmesh.engine.tally import EngineTally
 
@@ -61,6 +65,7 @@ class EngineFront(ABC):
         self.fingerprint_hint = ""
         self._watch = LoadWatch(settings)
         self._questions: dict[int, asyncio.Future[Report]] = {}
+        self._exchange = Exchange(self._asked, bytes_max=settings.state_bytes_max)
         self._streams = Streams(
             self._send,
             jobs_max=settings.slots + settings.queue_max,
@@ -127,6 +132,19 @@ class EngineFront(ABC):
         finally:
             del self._questions[key]
 
+    async def export(self, generation_id: str) -> SequenceState:
+        """The state of a running generation; see the port."""
+        self._demand_ready()
+        generation = self._streams.key_of(generation_id)
+        if generation is None:
+            raise GenerationNotFound(f"no generation {generation_id!r} runs here", field="generation_id")
+        return await self._exchange.export(generation)
+
+    async def import_(self, state: SequenceState) -> None:
+        """Keep a state; see the port."""
+        self._demand_ready()
+        await self._exchange.import_(state)
+
     def load(self) -> Load:
         """The latest statistics; never blocks."""
         return self._watch.load
@@ -159,7 +177,7 @@ class EngineFront(ABC):
                 if future := self._questions.get(report.key):
                     _fail(future, rebuilt(report))
                 self._streams.take(report)
-            case Tokenized() | Embedded():
+            case Tokenized() | Embedded() | Exported() | Imported():
                 if (future := self._questions.get(report.key)) and not future.done():
                     future.set_result(report)
             case Statistics():

@@ -76,6 +76,7 @@ class EngineProcess(EngineFront):
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervisor
         self._lose(EngineState.LOST, "the engine was closed")
+        self._exchange.close()
         if self._first is not None and not self._first.done():
             self._first.set_exception(EngineNotReady("the engine was closed while it was loading"))
 
@@ -123,9 +124,9 @@ class EngineProcess(EngineFront):
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "fieldmesh.engine", "--fd", str(theirs.fileno()),
-                "--parent", str(os.getpid()),
+                "--parent", str(os.getpid()), "--exchange", str(self._exchange.fd),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(),),
+                stderr=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(), self._exchange.fd),
                 env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         self._process, self.pid = process, process.pid

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import llama_cpp
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
@@ -58,6 +59,7 @@ class LlamaModel:
         self._model = _load_model(settings, on_progress)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocabulary_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
+        self._settings = settings
         self._check(settings)
         self._context = _new_context(self._model, settings)
         self._memory = lib.llama_get_memory(self._context)
@@ -216,6 +218,18 @@ class LlamaModel:
         return size
 
     # --- states -----------------------------------------------------------------------------
+
+    def state_facts(self) -> dict[str, object]:
+        """What the bytes of a state depend on, besides the model's file."""
+        params = _context_params(self._settings)
+        return {
+            "library": llama_cpp.__version__,
+            "version": lib.LLAMA_STATE_SEQ_VERSION,
+            "kv_types": [params.type_k, params.type_v],
+            "flash_attention": params.flash_attn_type,
+            "rope": [params.rope_scaling_type, params.rope_freq_base, params.rope_freq_scale],
+            "full_windows": params.swa_full,
+        }
 
     def state_bytes(self, slot: int) -> int:
         """Size of the state of all that is computed in ``slot``."""
@@ -445,7 +459,7 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
     return model
 
 
-def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llama_context_p:
+def _context_params(settings: EngineSettings) -> lib.llama_context_params:
     params = lib.llama_context_default_params()
     params.n_ctx = settings.context_tokens * settings.slots
     params.n_seq_max = settings.slots
@@ -455,7 +469,11 @@ def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llam
     params.type_k, params.type_v = (_KV_TYPES[name] for name in settings.kv_types)
     params.kv_unified = False
     params.no_perf = True
-    context = lib.llama_init_from_model(model, params)
+    return params
+
+
+def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llama_context_p:
+    context = lib.llama_init_from_model(model, _context_params(settings))
     if not context:
         raise ConfigError(
             f"llama.cpp cannot make a context of {settings.slots} x {settings.context_tokens} tokens: "

@@ -19,6 +19,7 @@ from fieldmesh.core.errors import (
     FieldmeshError,
     InvalidRequest,
     PromptTooLong,
+    StateRefused,
 )
 from fieldmesh.core.model import (
     Completion,
@@ -41,6 +42,8 @@ from fieldmesh.engine.frames import (
     Configure,
     Done,
     Embed,
+    Export,
+    Import,
     Pause,
     Ping,
     Report,
@@ -53,8 +56,10 @@ from fieldmesh.engine.frames import (
     Tokens,
     failed,
 )
+from fieldmesh.engine.moves import Moves, Snapshot, States, make_moves
 from fieldmesh.engine.port import Job
 from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.states import StateHeader, packed
 
 WARM_UP_PROMPT_TOKENS = 16
 WARM_UP_TOKENS = 4
@@ -132,8 +137,9 @@ class Model(Protocol):
         """An array with a row for each token of the slices, in order; not of the running sequences."""
         ...
 
-    def place(self, places: Sequence[Place]) -> list[int]:
-        """Bring slots to the wanted contents; the slots where that failed, which are empty now."""
+    def place(self, places: Sequence[Place], fetched: memoryview | None) -> list[int]:
+        """Bring slots to the wanted contents; ``fetched`` is the state that a place may name. The slots where
+        that failed, which are empty now."""
         ...
 
     def run(self, slices: Sequence[Slice]) -> Mapping[str, int]:
@@ -199,8 +205,42 @@ class EngineLoop:
         self._grammars = grammars
         self._uncompiled: dict[int, Submit] = {}
         self.embeddings = EmbeddingQueue(model.embed, model.pooling)
+        self._moves: Moves | None = None
         source = settings.chat_template or model.chat_template
         self._chat = ChatTemplate(source, bos=model.bos, eos=model.eos) if source else None
+
+    def keep_states(self, model: States, facts: dict[str, object], exchange_fd: int, **more: Any) -> None:
+        """Keep states within ``settings.state_bytes_max`` from now on; see ``engine.moves.make_moves``. After
+        ``warm_up``, whose sequence tells how large a state is."""
+        computed = WARM_UP_PROMPT_TOKENS + WARM_UP_TOKENS - 1
+        cell_bytes = -(-model.state_bytes(0) // computed)
+        self._moves = make_moves(
+            self.batcher, model, self._settings, facts, cell_bytes, exchange_fd, self._snapshot, **more
+        )
+
+    def _snapshot(self, key: int) -> Snapshot | None:
+        """Where a generation is, for an export."""
+        generation = self._generations.get(str(key))
+        found = self.batcher.position(str(key))
+        if generation is None or found is None:
+            return None
+        slot, computed, tokens, adapter = found
+        header = StateHeader(
+            fingerprint="",
+            adapter=adapter,
+            tokens=packed(tokens),
+            computed=computed,
+            prompt_tokens=len(tokens) - generation.index,
+            sampling=generation.sampling,
+            seed=generation.seed,
+            state_bytes=0,
+        )
+        return Snapshot(slot, header)
+
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        if self._moves is not None:
+            self._moves.close()
 
     @property
     def has_chat_template(self) -> bool:
@@ -243,6 +283,10 @@ class EngineLoop:
                 self.batcher.pause(str(command.key))
             case Resume():
                 self.batcher.resume(str(command.key))
+            case Export() | Import():
+                if self._moves is None:
+                    return [failed(command.key, StateRefused("this engine keeps no states"))]
+                return self._moves.ask(command)
             case Ping():
                 return [self.statistics()]
             case Configure():
@@ -398,8 +442,10 @@ class EngineLoop:
 
     def plan(self, now: float) -> tuple[StepPlan, list[Report]]:
         """Decide the next step; reports are about jobs that ran out of time."""
+        reports: list[Report] = self._moves.advance() if self._moves else []
         plan = self.batcher.plan(now)
-        reports: list[Report] = []
+        if self._moves:
+            self._moves.carry_out(plan)
         for generation_id in plan.expired:
             generation = self._forget(generation_id)
             if generation is not None:
@@ -415,7 +461,7 @@ class EngineLoop:
         """Compute ``plan``, draw, commit. Raises Internal where the model itself fails."""
         began = clock()
         slices = plan.slices
-        if unplaced := self._model.place(plan.places):
+        if unplaced := self._model.place(plan.places, self._moves.loaded if self._moves else None):
             slices = self.batcher.restart(unplaced)
         rows = self._model.run(slices)
         sampled: list[Sampled] = []

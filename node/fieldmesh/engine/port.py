@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fieldmesh.core.model import Chunk, Completion, Embeddings, Load, Priority, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from fieldmesh.engine.states import SequenceState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,16 @@ class Engine(Protocol):
         Raises (from the iterator) QueueFull, PromptTooLong, InvalidRequest, EngineLost, EngineNotReady,
         SlowReader, DeadlineExceeded, Cancelled.
         """
+        ...
+
+    async def export(self, generation_id: str) -> SequenceState:
+        """The state of a running generation between two steps; it goes on as before. Raises
+        GenerationNotFound, StateRefused, EngineLost, EngineNotReady."""
+        ...
+
+    async def import_(self, state: SequenceState) -> None:
+        """Keep a state, so that a job with its tokens need not compute them. Raises StateRefused, EngineLost,
+        EngineNotReady."""
         ...
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:

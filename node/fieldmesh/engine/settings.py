@@ -18,6 +18,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "mixed_tokens": (2, 8192),
     "queue_max": (0, 10_000),
     "n_gpu_layers": (0, 10_000),
+    "state_bytes_max": (0, 1 << 40),
     "ageing_s": (0.1, 3600),
     "watchdog_s": (1, 3600),
     "load_timeout_s": (1, 3600),
@@ -45,6 +46,10 @@ class EngineSettings:
     ``kv_type`` q8_0 halves what keys take. Values stay f16 unless flash attention is on: llama.cpp has no
     other way to read quantised ones.
 
+    ``state_bytes_max`` bounds the states of sequences that are kept for later: of those that were preempted,
+    of retired ones, of those that came from another engine (0: none). They are files in ``state_folder``,
+    where a restarted engine finds them again, or in memory where that is empty.
+
     Over ``stream_tokens_max`` unread tokens a stream is paused; paused for ``slow_reader_timeout_s``, it
     is ended. ``watchdog_s`` without a finished step while there is work means a stuck process.
     ``crashes_max`` crashes within ``crash_window_s``, with no generation completed between, and the
@@ -66,6 +71,8 @@ class EngineSettings:
     flash_attention: bool = False
     kv_type: str = "f16"
     reuse_prefixes: bool = True
+    state_bytes_max: int = 0
+    state_folder: str = ""
     watchdog_s: float = 60.0
     load_timeout_s: float = 120.0
     stream_tokens_max: int = 256

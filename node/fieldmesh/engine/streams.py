@@ -104,6 +104,10 @@ class Streams:
         self._last_key += 1
         return self._last_key
 
+    def key_of(self, generation_id: str) -> int | None:
+        """Under which key a job runs."""
+        return next((k for k, s in self._streams.items() if s.job.generation_id == generation_id), None)
+
     async def run(self, job: Job, deadline: float | None) -> AsyncGenerator[JobEvent, None]:
         """Submit ``job`` and yield its events; closing the iterator cancels it."""
         stream = self._open(job)

@@ -75,6 +75,7 @@ SERVER_STOP_GRACE_S = 1.0
 ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
 PREFILL_SHARE_TOKENS_MIN = 16
+SEQUENCES_FOLDER = "sequences"
 
 logger = log.get()
 
@@ -421,6 +422,8 @@ def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
         mixed_tokens=max(engine.prefill_chunk_tokens, slots + PREFILL_SHARE_TOKENS_MIN),
         queue_max=engine.queue_max,
         kv_type=profile.kv_type,
+        state_bytes_max=engine.states_mib_max << 20,
+        state_folder=str(config.state_folder / SEQUENCES_FOLDER / profile.name),
         chat_template=profile.chat_template,
         system_prompt=profile.system_prompt,
         stream_tokens_max=engine.slow_reader_tokens_max,

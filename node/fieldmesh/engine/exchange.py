@@ -1,0 +1,97 @@
+"""States between a host and its engine's process, through memory that both have.
+
+Owns: the shared memory (an anonymous file: it is gone with the last of the two processes, however they end),
+one transfer at a time. Must not: look into a state beyond its header.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fieldmesh.core.errors import StateRefused
+from fieldmesh.engine.frames import Command, Export, Exported, Import
+from fieldmesh.engine.states import SequenceState, unpacked
+
+BLOCK_BYTES = 1 << 20
+_Result = TypeVar("_Result")
+
+
+class Exchange:
+    """The host's side. ``asked`` sends a command under a key of its own and returns the report on it."""
+
+    def __init__(
+        self, asked: Callable[[Callable[[int], Command]], Awaitable[Any]], *, bytes_max: int
+    ) -> None:
+        self._asked = asked
+        self._bytes_max = bytes_max
+        self._fd = -1
+        self._turn = asyncio.Lock()
+
+    @property
+    def fd(self) -> int:
+        """The shared memory, to be inherited by the engine's process."""
+        if self._fd < 0:
+            self._fd = os.memfd_create("exchange")
+        return self._fd
+
+    async def export(self, generation: int) -> SequenceState:
+        """The state of the job with this key."""
+        return await self._undisturbed(self._export(generation))
+
+    async def import_(self, state: SequenceState) -> None:
+        """Hand a state to the engine."""
+        if len(state.envelope) > self._bytes_max:
+            raise StateRefused(
+                f"the state has {len(state.envelope)} bytes; this engine keeps {self._bytes_max} in all"
+            )
+        await self._undisturbed(self._import(state.envelope))
+
+    def _empty(self) -> None:
+        if self._fd >= 0:  # it may have been closed meanwhile
+            os.ftruncate(self._fd, 0)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def _undisturbed(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Finish what was begun even if the caller leaves: the memory must not have two users."""
+        task = asyncio.create_task(work, name="state-exchange")
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())  # a caller who left asks no more
+        return await asyncio.shield(task)
+
+    async def _export(self, generation: int) -> SequenceState:
+        async with self._turn:
+            try:
+                answer: Exported = await self._asked(lambda key: Export(key, generation))
+                envelope = await asyncio.to_thread(_read, self.fd, answer.size)
+            finally:
+                self._empty()
+        return SequenceState(unpacked(envelope, len(envelope)).header, envelope)
+
+    async def _import(self, envelope: bytes | bytearray) -> None:
+        async with self._turn:
+            try:
+                await asyncio.to_thread(_write, self.fd, envelope)
+                await self._asked(lambda key: Import(key, len(envelope)))
+            finally:
+                self._empty()
+
+
+def _read(fd: int, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    for start in range(0, size, BLOCK_BYTES):
+        os.preadv(fd, [view[start : start + BLOCK_BYTES]], start)
+    return data
+
+
+def _write(fd: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    for start in range(0, len(view), BLOCK_BYTES):
+        os.pwrite(fd, view[start : start + BLOCK_BYTES], start)
