@@ -17,6 +17,7 @@ from fieldmesh.cli import (
     asking,
     configuration,
     founding,
+    keeping,
     looking,
     profiling,
     serving,
@@ -72,6 +73,7 @@ app.command()(asking.chat)
 app.command()(asking.embed)
 app.command()(looking.status)
 app.add_typer(profiling.app, name="profiles")
+app.add_typer(keeping.app, name="models")
 app.add_typer(configuration.app, name="config")
 for _name, _command in (
     ("get", agreed.get),

@@ -205,22 +205,24 @@ class Models:
 
     def statuses(self) -> list[ModelStatus]:
         """Every model of this node."""
-        return [self._status(name, entry) for name, entry in self.hosted.items()]
+        return [self.status(name) for name in self.hosted]
 
-    def _status(self, name: str, entry: Hosted) -> ModelStatus:
+    def status(self, profile: str) -> ModelStatus:
+        """One model of this node."""
+        entry = self.hosted[profile]
         engine, load = entry.engine, entry.load
         problem = entry.refused.message if entry.refused else ""
         if engine is not None and engine.state in (EngineState.LOST, EngineState.FAILED):
             problem = problem or engine.last_loss
         return ModelStatus(
-            profile=name,
+            profile=profile,
             model=entry.settings.model_name,
-            state=self.state(name),
+            state=self.state(profile),
             loaded_share=engine.loaded_share if engine else 0.0,
             estimated_bytes=entry.size_bytes,
             resident_bytes=resident_bytes(engine.pid) if engine and engine.pid else 0,
             running=load.running,
-            queued=load.queued + len(self._waiters[name]),
+            queued=load.queued + len(self._waiters[profile]),
             fingerprint=entry.fingerprint,
             problem=problem,
         )

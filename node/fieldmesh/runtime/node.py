@@ -61,6 +61,7 @@ from fieldmesh.runtime.generation import GenerationConfig
 from fieldmesh.runtime.health import Health
 from fieldmesh.runtime.identity import EnvelopeSealer
 from fieldmesh.runtime.identity import Identity as Key
+from fieldmesh.runtime.keeper import MODELS, Keeper
 from fieldmesh.runtime.links import LinksConfig, server_options
 from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.metrics import Metrics, Sources
@@ -272,6 +273,7 @@ class Node:
             (
                 handlers(inference.INFERENCE, inference.Inference(self._service, self._limits), self._calls),
                 handlers(inference.MESH, mesh, self._calls),
+                handlers(MODELS, Keeper(self.models), self._calls),
                 self._agreement.for_clients(self._calls),
             )
         )
@@ -280,6 +282,7 @@ class Node:
             inference.INFERENCE.full_name,
             inference.MESH.full_name,
             ADMIN.full_name,
+            MODELS.full_name,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         )
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
