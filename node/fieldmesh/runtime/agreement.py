@@ -26,6 +26,7 @@ from fieldmesh.runtime.electorate import Electorate
 from fieldmesh.runtime.raft_links import RaftLinks
 from fieldmesh.runtime.raft_service import RaftService
 from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
+from fieldmesh.runtime.recovery import superseded
 from fieldmesh.runtime.state import StateFolder
 
 logger = log.get()
@@ -83,26 +84,26 @@ class Agreement:
             group.create_task(self._hear_seats(), name="seats")
             group.create_task(self._electorate.run(), name="voters")
 
-    async def leave(self) -> None:
-        """Hand over the leader's office, if this node has it and another voter is there."""
-        await self._electorate.hand_over()
-
     async def _tell_seat(self) -> None:
-        """Tell the mesh which log this node belongs to."""
+        """Tell the mesh which log this node belongs to; while its own rests, it is no candidate for one."""
         told: Seat | None = None
         while True:
             news = self.council.news
             seat = self.council.seat
-            if seat is not None and seat != told:
+            if seat is not None and seat != told and not self.council.host.stopped_why:
                 told = seat
                 self._driver.handle(OfferChanged(seat=seat))
             await news.wait()
 
     async def _hear_seats(self) -> None:
-        """Tell the council what others say of their logs."""
+        """Tell the council what others say of their logs, and let this node's log rest if the mesh has gone
+        on without it: at once, for two that come back together could elect a leader."""
         view, seats = self._driver.view, dict[NodeId, Seat]()
         while True:
             if (now := self._links.seats()) != seats:
                 seats = dict(now)
                 self.council.neighbours_changed()
+            why = superseded(self.council.seat, view)
+            if why and self.council.host.consensus is not None:
+                self.council.host.stop(why)
             view = await self._driver.wait_view_changed(view.revision)

@@ -1,8 +1,7 @@
 """Keeps the voters as ``core.topology`` advises, while this node leads the log.
 
-Owns: showing the topology who is there, performing one change at a time through the council, and stopping a
-log that the mesh has gone on without. Every node looks, so that a new leader knows how long the others have
-been there. Must not: decide who should vote.
+Owns: showing the topology who is there, and performing one change at a time through the council. Every node
+looks, so that a new leader knows how long the others have been there. Must not: decide who should vote.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fieldmesh.core.errors import ChangeRefused, FieldmeshError
-from fieldmesh.core.model import MeshView, NodeId, NodeState
+from fieldmesh.core.model import Member, MeshView, NodeId, NodeState
 from fieldmesh.core.raft_model import Members, Refusal
 from fieldmesh.core.topology import Advice, Topology, VoterPolicy
 from fieldmesh.runtime import log
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.council_model import CouncilStatus
-from fieldmesh.runtime.recovery import superseded
 
 LOOK_INTERVAL_S = 1.0
 CHANGE_TIMEOUT_S = 10.0
-HAND_OVER_TIMEOUT_S = 1.0
 _HERE = (NodeState.ALIVE, NodeState.SUSPECT)
 
 logger = log.get()
@@ -43,21 +40,10 @@ class Electorate:
             await self.look()
             await asyncio.sleep(LOOK_INTERVAL_S)
 
-    async def hand_over(self) -> None:
-        """Give the leader's office to another voter before this node leaves; harmless where it has none."""
-        try:
-            if self._council.leading:
-                to = successor(self._council.status(), self._view())
-                await self._council.transfer(to, HAND_OVER_TIMEOUT_S)
-        except FieldmeshError as error:  # the others elect somebody, only a little later
-            logger.info("office_not_handed_over", code=error.code, why=error.message)
-
     async def look(self) -> None:
         """Take in who is there and, as the leader, do what is next."""
         now = asyncio.get_running_loop().time()
         self._topology.observe(self._eligible(), now)
-        if why := superseded(self._council.seat, self._view()):
-            self._stop(why)
         if not self._council.leading:
             self.advice = ""
             return
@@ -74,21 +60,10 @@ class Electorate:
             self.advice = f"{advice.why}; not yet: {error.message}"
             logger.info("voters_not_changed", code=error.code, why=error.message)
 
-    def _stop(self, why: str) -> None:
-        """Say once that this node's log counts no more, and let it rest."""
-        if self._council.host.consensus is not None:
-            self._council.host.stop(why)
-
     def _eligible(self) -> MeshView:
-        """The mesh without the nodes that belong to another log."""
+        """Members of the log, and those who follow it as it is now: not another log, nor an old epoch."""
         view, status = self._view(), self._council.status()
-        own = status.seat.log if status.seat is not None else ""
-        members = tuple(
-            member
-            for member in view.members
-            if member.row is None or member.row.seat is None or member.row.seat.log == own
-        )
-        return replace(view, members=members)
+        return replace(view, members=tuple(m for m in view.members if _may_vote(m, status)))
 
     def _advise(self, now: float) -> Advice:
         status = self._council.status()
@@ -102,6 +77,13 @@ class Electorate:
             pending=raft is None or raft.members_index > raft.commit,
             now=now,
         )
+
+
+def _may_vote(member: Member, status: CouncilStatus) -> bool:
+    if member.id in (*status.voters, *status.learners):
+        return True
+    seat, own = member.row.seat if member.row is not None else None, status.seat
+    return seat is not None and own is not None and (seat.log, seat.epoch) == (own.log, own.epoch)
 
 
 def successor(status: CouncilStatus, view: MeshView) -> NodeId:

@@ -206,7 +206,6 @@ class Node:
         self._draining = True
         self._service.drain()
         self._models_changed()
-        await self._agreement.leave()
         await self._health.update(self.view, draining=True)
         over = asyncio.get_running_loop().time() + timeout_s
         while self._busy and not now.is_set() and asyncio.get_running_loop().time() < over:
