@@ -65,3 +65,19 @@ def test_tags_and_filters_that_real_templates_use_are_there() -> None:
         "{{ strftime_now('%Y') | length }}"
     )
     assert render(source) == '{"role": "user", "content": "hi"}4'
+
+
+@pytest.mark.parametrize(
+    ("thinking", "rendered"), [(None, "<think>"), (True, "<think>"), (False, "</think>")]
+)
+def test_the_reasoning_is_switched_in_the_template(thinking: bool | None, rendered: str) -> None:
+    source = "{% if enable_thinking is defined and not enable_thinking %}</think>{% else %}<think>{% endif %}"
+    assert ChatTemplate(source, bos="", eos="").render((USER,), thinking=thinking) == rendered
+
+
+def test_a_model_without_a_thinking_mode_says_so() -> None:
+    plain = ChatTemplate(TEMPLATE, bos="", eos="")
+    assert plain.render((USER,), thinking=False) == plain.render((USER,))
+    with pytest.raises(InvalidRequest) as caught:
+        plain.render((USER,), thinking=True)
+    assert caught.value.field == "enable_thinking"

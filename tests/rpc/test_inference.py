@@ -56,6 +56,7 @@ overrides = st.builds(
     | st.builds(Constraint, kind=st.sampled_from(list(ConstraintKind)[:3]), source=texts),
     logprobs=st.none() | st.integers(0, 20),
     n=st.none() | st.integers(1, 16),
+    reasoning_tokens_max=st.none() | st.integers(0, 50),
     logit_bias=st.none()
     | st.dictionaries(st.integers(0, 1000), st.floats(-100, 100, width=32), min_size=1, max_size=5).map(
         lambda bias: tuple(sorted(bias.items()))
@@ -71,6 +72,7 @@ asks = st.builds(
             messages=st.lists(
                 st.builds(Message, role=st.sampled_from(wire.ROLES), content=texts), min_size=1, max_size=5
             ).map(tuple),
+            thinking=st.none() | st.booleans(),
         ),
     ),
     target=st.builds(Target, profile=names, model=names, domain=names),
@@ -212,7 +214,7 @@ def test_a_result_survives_the_wire() -> None:
         generation_id="g",
         completion=Completion(
             finish_reason=FinishReason.LENGTH,
-            usage=Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=1),
+            usage=Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=1, reasoning_tokens=1),
             matched_stop="END",
             seed=7,
             choices=(
@@ -268,7 +270,8 @@ logprobs = st.builds(Logprobs, drawn=likelihoods, top=st.lists(likelihoods, max_
 
 @given(st.builds(Chunk, generation_id=names, epoch=st.integers(0, 9), first_token_index=st.integers(0, 9999),
                  token_ids=st.lists(st.integers(0, 2**31 - 1)).map(tuple), text=names,
-                 index=st.integers(0, 15), logprobs=st.lists(logprobs, max_size=3).map(tuple)))  # fmt: skip
+                 index=st.integers(0, 15), reasoning=names,
+                 logprobs=st.lists(logprobs, max_size=3).map(tuple)))  # fmt: skip
 def test_a_chunk_survives_the_wire(chunk: Chunk) -> None:
     sent = pb.Chunk.FromString(wire.chunk_to_proto(chunk).SerializeToString())
     assert wire.chunk_from_proto(sent) == chunk

@@ -71,6 +71,10 @@ def ask(
         Path | None, typer.Option(metavar="FILE", help="JSON Schema that the answer must satisfy.")
     ] = None,
     regex: Annotated[str | None, typer.Option(help="Regular expression that the answer must match.")] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="Whether a thinking model reasons first (on stderr)."),
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, max=16, help="Answers to make.")] = None,
     logprobs: Annotated[
         int | None,
@@ -91,6 +95,7 @@ def ask(
         explain=explain or None,
         json_schema=_schema(json_schema) if json_schema else None,
         regex=regex,
+        enable_thinking=think,
         n=n,
         logprobs=logprobs,
         timeout_s=timeout_s,
@@ -137,10 +142,16 @@ def _from_stdin() -> str:
 
 def stream_answer(stream: Stream) -> Result:
     """Write the answer as it comes, then who served it."""
-    ends_line = True
+    ends_line, reasons = True, False
     try:
         for chunk in stream:
+            if chunk.reasoning:
+                terminal.murmur(chunk.reasoning)
+                reasons = True
             if chunk.text:
+                if reasons:
+                    terminal.murmur("\n\n")
+                    reasons = False
                 ends_line = chunk.text.endswith("\n")
                 terminal.write(chunk.text)
     finally:

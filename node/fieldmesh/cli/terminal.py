@@ -68,6 +68,12 @@ def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
+def murmur(text: str) -> None:
+    """Part of a message that comes in pieces, unless --quiet."""
+    if not VERBOSITY.quiet:
+        print(printable(text), end="", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def detail(text: str) -> None:
     """A message for the person who asked for more (--verbose)."""
     if VERBOSITY.verbose:

@@ -94,6 +94,9 @@ class Options(TypedDict, total=False):
     What comes back: ``logprobs`` 0 to 20 tells how likely each token and so many others at its place were
     (``Choice.logprobs``), ``n`` 1 to 16 makes so many completions (``Result.choices``, ``Chunk.index``).
 
+    Thinking models: ``enable_thinking`` (``chat`` alone; default: as the model's template has it) switches
+    the reasoning, which comes apart from the answer (``Chunk.reasoning``); ``reasoning_tokens_max`` ends it.
+
     What the answer must match (one of them, at most 64 kB): ``json_schema`` (text or a mapping), ``regex``
     (Rust's syntax), ``grammar`` (Lark as llguidance reads it), ``json_object`` (True: any JSON object). What
     cannot be enforced raises ConstraintInvalid with the reason.
@@ -122,6 +125,8 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     logprobs: int
     n: int
+    enable_thinking: bool
+    reasoning_tokens_max: int
     json_schema: str | Mapping[str, Any]
     regex: str
     grammar: str
@@ -163,9 +168,9 @@ def _message(index: int, turn: object) -> Message:
             )
 
 
-def prompt_of_turns(turns: Turns) -> Prompt:
+def prompt_of_turns(turns: Turns, options: Options) -> Prompt:
     """A conversation to continue."""
-    return Prompt(messages=messages(turns))
+    return Prompt(messages=messages(turns), thinking=options.get("enable_thinking"))
 
 
 def prompt_of_text(continued: str | Sequence[int]) -> Prompt:
@@ -192,6 +197,11 @@ def ask(prompt: Prompt, options: Options) -> Ask:
     if sampling.get("logit_bias") is not None:
         sampling["logit_bias"] = tuple(sorted(dict(sampling["logit_bias"]).items()))
     sampling["constraint"] = _constraint(given)
+    if given.get("enable_thinking") is not None and not prompt.messages:
+        raise InvalidRequest(
+            "enable_thinking is for conversations; plain text is continued as it stands",
+            field="enable_thinking",
+        )
     priority = given.get("priority", "normal")
     if priority not in _PRIORITIES:
         raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}", field="priority")

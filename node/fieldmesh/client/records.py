@@ -31,7 +31,9 @@ from fieldmesh.v1 import inference_pb2, mesh_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One of the completions of a request; ``logprobs`` has an entry for each token where asked for."""
+    """One of the completions of a request; ``logprobs`` has an entry for each token where asked for,
+    ``reasoning`` is what a thinking model said to itself before the ``text``.
+    """
 
     index: int
     text: str
@@ -40,6 +42,7 @@ class Choice:
     matched_stop: str
     seed: int
     logprobs: tuple[Logprobs, ...] = ()
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,7 @@ class Result:
     ended it, or ``served``; ``hops`` counts how often the request was forwarded. ``cached_tokens`` of the
     prompt did not have to be computed. ``seed`` repeats the draw. ``explanation`` is there if it was asked
     for. ``choices`` has all completions (one, unless ``n`` asked for more); the fields above are those of the
-    first, but for ``completion_tokens``, which counts the tokens of all.
+    first, but for ``completion_tokens`` and, among them, ``reasoning_tokens``: those count the tokens of all.
     """
 
     text: str
@@ -68,6 +71,7 @@ class Result:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int
     ttft_s: float
     duration_s: float
     finish_reason: FinishReason
@@ -179,6 +183,7 @@ class _Part:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[Logprobs] = []
+        self.reasonings: list[str] = []
         self._texts: list[str] = []
 
     @property
@@ -195,6 +200,7 @@ class _Part:
             )
         self.token_ids.extend(chunk.token_ids)
         self.logprobs.extend(chunk.logprobs)
+        self.reasonings.append(chunk.reasoning)
         if chunk.text:
             self._texts.append(chunk.text)
 
@@ -256,6 +262,7 @@ class Reply:
                     matched_stop=end.matched_stop,
                     seed=end.seed,
                     logprobs=tuple(part.logprobs),
+                    reasoning="".join(part.reasonings),
                 )
             )
         return tuple(made)
@@ -276,6 +283,7 @@ class Reply:
             prompt_tokens=core.completion.usage.prompt_tokens,
             cached_tokens=core.completion.usage.cached_tokens,
             completion_tokens=core.completion.usage.completion_tokens,
+            reasoning_tokens=core.completion.usage.reasoning_tokens,
             ttft_s=core.ttft_s,
             duration_s=core.duration_s,
             finish_reason=core.completion.finish_reason,

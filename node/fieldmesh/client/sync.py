@@ -84,7 +84,7 @@ class Client:
 
     def chat(self, turns: Turns, **options: Unpack[Options]) -> Stream:
         """Continue a conversation: a question, or its turns so far. Begins when the stream is read."""
-        return self._stream(calls.ask(calls.prompt_of_turns(turns), options), options)
+        return self._stream(calls.ask(calls.prompt_of_turns(turns, options), options), options)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Stream:
         """Continue text as it stands, or token ids (name their ``model`` or ``profile``)."""

@@ -229,6 +229,7 @@ class Sampling:
 
     ``logprobs`` asks for each token's log-probability and for those of as many likeliest ones; ``logit_bias``
     is added to the logits of token ids; ``n`` completions are made of one prompt, with seeds that count up.
+    A reasoning of ``reasoning_tokens_max`` tokens is ended there, and the answer begins.
     """
 
     temperature: float = 0.7
@@ -248,6 +249,7 @@ class Sampling:
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     n: int = 1
+    reasoning_tokens_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,11 +262,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What the model is to go on from: exactly one of ``text``, ``token_ids`` and ``messages`` is set."""
+    """What the model is to go on from: exactly one of ``text``, ``token_ids`` and ``messages`` is set.
+
+    ``thinking`` switches the reasoning before the answer; None leaves it to the model's chat template.
+    """
 
     text: str | None = None
     token_ids: tuple[int, ...] = ()
     messages: tuple[Message, ...] = ()
+    thinking: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +299,8 @@ class Chunk:
 
     ``index`` says of which completion, where there are several. ``logprobs`` has one entry for each token, or
     none where they were not asked for. ``text`` may lag behind ``token_ids``: it is held back while it ends
-    inside a character or may be the beginning of a stop string.
+    inside a character or may be the beginning of a stop string. ``reasoning`` is what a thinking model says
+    to itself before it.
     """
 
     generation_id: str
@@ -303,6 +310,7 @@ class Chunk:
     text: str
     index: int = 0
     logprobs: tuple[Logprobs, ...] = ()
+    reasoning: str = ""
 
     @property
     def next_token_index(self) -> int:
@@ -311,11 +319,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts of one request. ``cached_tokens`` of the prompt did not have to be computed."""
+    """Token counts of one request. ``cached_tokens`` of the prompt did not have to be computed;
+    ``reasoning_tokens`` are among those of the completion.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,6 +400,7 @@ class SamplingOverrides:
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] | None = None
     n: int | None = None
+    reasoning_tokens_max: int | None = None
 
     def over(self, defaults: Sampling) -> Sampling:
         """The sampling that results when this request meets a profile's defaults."""

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fieldmesh.core.errors import ConfigError, InvalidRequest
 from fieldmesh.core.model import Message
+from fieldmesh.core.reasoning import CLOSE
 
 
 class _GenerationTags(jinja2.ext.Extension):
@@ -30,7 +31,10 @@ class _GenerationTags(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """A compiled template. Raises ConfigError where the template itself is not valid Jinja."""
+    """A compiled template; ``thinks``: it knows a reasoning before the answer.
+
+    Raises ConfigError where the template itself is not valid Jinja.
+    """
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -45,9 +49,18 @@ class ChatTemplate:
                 field="chat_template",
             ) from error
         self._bos, self._eos = bos, eos
+        self.thinks = CLOSE in source
 
-    def render(self, messages: Sequence[Message], *, system_prompt: str = "") -> str:
-        """The text that the assistant goes on from. Raises InvalidRequest where the template refuses."""
+    def render(
+        self, messages: Sequence[Message], *, system_prompt: str = "", thinking: bool | None = None
+    ) -> str:
+        """The text that the assistant goes on from. Raises InvalidRequest where the template refuses.
+
+        ``thinking`` switches the reasoning of a model that has such a mode; None leaves it to the template.
+        """
+        if thinking and not self.thinks:
+            raise InvalidRequest("this model has no thinking mode: leave it out", field="enable_thinking")
+        switch = {} if thinking is None else {"enable_thinking": thinking}
         turns = [{"role": m.role, "content": m.content} for m in messages]
         if system_prompt and all(m.role != "system" for m in messages):
             turns.insert(0, {"role": "system", "content": system_prompt})
@@ -60,6 +73,7 @@ class ChatTemplate:
                 raise_exception=_raise_exception,
                 strftime_now=lambda form: datetime.now().strftime(form),
                 tools=None,
+                **switch,
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest(

@@ -111,6 +111,12 @@ def check_sampling(sampling: Sampling) -> None:
         raise InvalidRequest(
             f"logprobs must be between 0 and {LOGPROBS_MAX}, not {sampling.logprobs}", field="logprobs"
         )
+    most = sampling.reasoning_tokens_max
+    if most is not None and not 0 <= most <= TOKENS_MAX:
+        raise InvalidRequest(
+            f"reasoning_tokens_max must be between 0 and {TOKENS_MAX}, not {most}",
+            field="reasoning_tokens_max",
+        )
     biases = [value for _, value in sampling.logit_bias]
     if len(biases) > LOGIT_BIAS_MAX or not all(abs(value) <= LOGIT_BIAS_VALUE_MAX for value in biases):
         raise InvalidRequest(

@@ -107,9 +107,10 @@ class FakeSampler:
         self._sampling = sampling
         self._digest = digest
 
-    def draw(self, row: int, index: int) -> Drawn:
+    def draw(self, row: int, index: int, forced: int | None = None) -> Drawn:
         """A word, or the end of the answer where that is allowed."""
-        token, top = self._token(index), self._sampling.logprobs
+        token = self._token(index) if forced is None else forced
+        top = self._sampling.logprobs
         if top is None:
             return Drawn(token)
         likeliest = range(_FIRST_WORD, _FIRST_WORD + top)

@@ -137,6 +137,7 @@ class Tokens(_Message, frozen=True):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[Logprobs, ...] = ()
+    reasoning: str = ""
 
 
 class Done(_Message, frozen=True):

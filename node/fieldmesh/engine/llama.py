@@ -387,14 +387,19 @@ class Sampler:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
         return chain
 
-    def draw(self, row: int, index: int) -> Drawn:
+    def draw(self, row: int, index: int, forced: int | None = None) -> Drawn:
         """The token that follows, from the last step's logits at ``row``. Raises ConstraintInvalid."""
         logits, wanted = self._model.logits(row), self._sampling.logprobs
-        if wanted is None:
-            return self._draw(logits, row, index)
-        raw = logits.copy()
-        drawn = self._draw(logits, row, index)
+        raw = None if wanted is None else logits.copy()
+        drawn = self._draw(logits, row, index) if forced is None else self._accept(forced)
+        if raw is None or wanted is None:
+            return drawn
         return replace(drawn, logprobs=logprobs(raw, drawn.token_id, wanted, self._model.piece))
+
+    def _accept(self, token: int) -> Drawn:
+        if self._chain is not None:
+            lib.llama_sampler_accept(self._chain, token)
+        return Drawn(token)
 
     def _draw(self, logits: Logits, row: int, index: int) -> Drawn:
         logits[self._biased] += self._biases

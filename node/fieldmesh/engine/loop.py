@@ -30,8 +30,8 @@ from fieldmesh.core.model import (
     Sampling,
     Usage,
 )
+from fieldmesh.core.reasoning import CLOSE, OPEN, AnswerStream
 from fieldmesh.core.steps import Output, Place, Sampled, Slice, StepPlan, Work
-from fieldmesh.core.text import TextStream
 from fieldmesh.engine.chat import ChatTemplate
 from fieldmesh.engine.checks import check_token_ids
 from fieldmesh.engine.embeddings import EmbeddingQueue, Pooling
@@ -56,6 +56,7 @@ from fieldmesh.engine.frames import (
     Tokens,
     failed,
 )
+from fieldmesh.engine.generating import Generation
 from fieldmesh.engine.moves import Moves, Snapshot, States, make_moves
 from fieldmesh.engine.port import Job
 from fieldmesh.engine.settings import EngineSettings
@@ -97,9 +98,9 @@ class Grammars(Protocol):
 class Draws(Protocol):
     """Draws the tokens of one generation."""
 
-    def draw(self, row: int, index: int) -> Drawn:
-        """The token with number ``index`` of the generation, from the last step's ``row``. Raises
-        ConstraintInvalid where its constraint turns out to be too costly."""
+    def draw(self, row: int, index: int, forced: int | None = None) -> Drawn:
+        """The token with number ``index`` of the generation, from the last step's ``row``, or the one that it
+        must be. Raises ConstraintInvalid where its constraint turns out to be too costly."""
         ...
 
     def close(self) -> None:
@@ -158,29 +159,6 @@ class Model(Protocol):
         ...
 
 
-@dataclass(slots=True, kw_only=True)
-class _Generation:
-    key: int
-    sampling: Sampling
-    seed: int
-    stream: TextStream
-    sampler: Draws
-    stop_tokens: frozenset[int]
-    index: int
-    text: str = ""
-    logprobs: tuple[Logprobs, ...] = ()
-
-    def take(self, drawn: Drawn, piece: bytes) -> bool:
-        """Add a token's text; True if the generation ends with it."""
-        self.index += 1
-        self.logprobs = (drawn.logprobs,) if drawn.logprobs else ()
-        if drawn.token_id in self.stop_tokens:
-            self.text = ""
-            return True
-        self.text = self.stream.push(piece)
-        return drawn.ends or bool(self.stream.matched_stop)
-
-
 class EngineLoop:
     """One model's loop. ``new_seed`` chooses a seed for jobs that have none.
 
@@ -200,7 +178,7 @@ class EngineLoop:
         self._settings = settings
         self._model = model
         self._new_seed = new_seed
-        self._generations: dict[str, _Generation] = {}
+        self._generations: dict[str, Generation] = {}
         self._stepped_at = 0.0
         self._grammars = grammars
         self._uncompiled: dict[int, Submit] = {}
@@ -346,7 +324,13 @@ class EngineLoop:
             walk = self._walk(command, constraint)
             if walk is None:
                 return []
-        prompt = self._tokenize(job.prompt)
+            job = replace(job, prompt=_answering_at_once(job.prompt, constraint))
+        prompt, inside = self._read(job.prompt)
+        if inside and constraint is not None:
+            raise ConstraintInvalid(
+                "this model always reasons before it answers: no constraint can be held",
+                field=constraint.field,
+            )
         if len(job.resume_token_ids) > self._settings.context_tokens:
             raise PromptTooLong(
                 f"{len(job.resume_token_ids)} tokens to resume do not fit {self._settings.context_tokens}",
@@ -356,7 +340,8 @@ class EngineLoop:
         check_token_ids(job.sampling.stop_token_ids, self._model.vocabulary_tokens, "stop_token_ids")
         biased = tuple(token for token, _ in job.sampling.logit_bias)
         check_token_ids(biased, self._model.vocabulary_tokens, "sampling_params.logit_bias")
-        stream, seed = TextStream(job.sampling.stop), job.sampling.seed
+        thinks = walk is None and bool(job.prompt.messages) and self._thinks
+        stream, seed = AnswerStream(job.sampling.stop, thinks=thinks, inside=inside), job.sampling.seed
         stop_tokens = frozenset(job.sampling.stop_token_ids)
         if not job.sampling.ignore_eos:
             stop_tokens |= self._model.end_tokens
@@ -389,7 +374,7 @@ class EngineLoop:
             ),
             now,
         )
-        self._generations[str(command.key)] = _Generation(
+        self._generations[str(command.key)] = Generation(
             key=command.key,
             sampling=job.sampling,
             seed=seed,
@@ -397,35 +382,55 @@ class EngineLoop:
             sampler=self._model.sampler(job.sampling, seed, job.resume_token_ids, prompt, walk),
             stop_tokens=stop_tokens,
             index=len(job.resume_token_ids),
+            close_tokens=self._close_tokens() if thinks else (),
         )
         return [Accepted(command.key, len(prompt)), self.statistics()]
 
     def _nothing_left(
-        self, key: int, job: Job, stream: TextStream, ended: FinishReason, prompt_tokens: int, seed: int
+        self, key: int, job: Job, stream: AnswerStream, ended: FinishReason, prompt_tokens: int, seed: int
     ) -> list[Report]:
         """The delivered tokens were all: the interruption came between the last of them and the end."""
-        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(job.resume_token_ids))
+        usage = Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(job.resume_token_ids),
+            reasoning_tokens=stream.reasoning_tokens,
+        )
         completion = Completion(finish_reason=ended, usage=usage, matched_stop=stream.matched_stop, seed=seed)
         reports: list[Report] = [Accepted(key, prompt_tokens)]
-        if rest := stream.finish():
-            reports.append(Tokens(key, len(job.resume_token_ids), (), rest))
+        reasoning, text = stream.finish()
+        if reasoning or text:
+            reports.append(Tokens(key, len(job.resume_token_ids), (), text, (), reasoning))
         return [*reports, Done(key, completion)]
 
+    @property
+    def _thinks(self) -> bool:
+        return self._chat is not None and self._chat.thinks
+
+    def _close_tokens(self) -> tuple[int, ...]:
+        return self._model.tokenize(f"\n{CLOSE}\n\n", add_bos=False)
+
     def _tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._read(prompt)[0]
+
+    def _read(self, prompt: Prompt) -> tuple[tuple[int, ...], bool]:
+        """A prompt's token ids, and whether it leaves the model within its reasoning."""
         if prompt.messages:
             if self._chat is None:
                 raise InvalidRequest(
                     "the model has no chat template: send text, or set chat_template in the profile",
                     field="messages",
                 )
-            text = self._chat.render(prompt.messages, system_prompt=self._settings.system_prompt)
+            text = self._chat.render(
+                prompt.messages, system_prompt=self._settings.system_prompt, thinking=prompt.thinking
+            )
             self._check_length(text)
-            return self._model.tokenize(text, add_bos=False)  # templates write the beginning themselves
+            # Templates write the beginning themselves.
+            return self._model.tokenize(text, add_bos=False), text.rstrip().endswith(OPEN)
         if prompt.text is not None:
             self._check_length(prompt.text)
-            return self._model.tokenize(prompt.text, add_bos=True)
+            return self._model.tokenize(prompt.text, add_bos=True), False
         check_token_ids(prompt.token_ids, self._model.vocabulary_tokens, "prompt.token_ids")
-        return prompt.token_ids
+        return prompt.token_ids, False
 
     def _check_length(self, text: str, field: str = "prompt") -> None:
         """Refuse a text that cannot fit before spending the running streams' time on its tokens."""
@@ -469,7 +474,7 @@ class EngineLoop:
         for generation_id, row in rows.items():
             if generation := self._generations.get(generation_id):
                 try:
-                    drawn = generation.sampler.draw(row, generation.index)
+                    drawn = generation.sampler.draw(row, generation.index, generation.forced)
                 except ConstraintInvalid as error:
                     reports.append(failed(generation.key, error))
                     self.batcher.cancel(generation_id)
@@ -494,22 +499,24 @@ class EngineLoop:
 
     def _report(self, output: Output) -> list[Report]:
         generation = self._generations[output.id]
-        key, text = generation.key, generation.text
+        key, reasoning, text = generation.key, generation.reasoning, generation.text
+        tokens = (output.token_id,)
         if output.finish is None:
-            return [Tokens(key, output.token_index, (output.token_id,), text, generation.logprobs)]
+            return [Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning)]
         assert output.usage is not None
         self._forget(output.id)
         completion = Completion(
             finish_reason=output.finish,
-            usage=output.usage,
+            usage=replace(output.usage, reasoning_tokens=generation.stream.reasoning_tokens),
             matched_stop=generation.stream.matched_stop,
             seed=generation.seed,
         )
-        text += generation.stream.finish()
-        last = Tokens(key, output.token_index, (output.token_id,), text, generation.logprobs)
+        last_reasoning, last_text = generation.stream.finish()
+        reasoning, text = reasoning + last_reasoning, text + last_text
+        last = Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning)
         return [last, Done(key, completion)]
 
-    def _forget(self, generation_id: str) -> _Generation | None:
+    def _forget(self, generation_id: str) -> Generation | None:
         generation = self._generations.pop(generation_id, None)
         if generation is not None:
             generation.sampler.close()
@@ -520,8 +527,19 @@ class EngineLoop:
         return Statistics(self.batcher.load(), self.batcher.steps)
 
 
+def _answering_at_once(prompt: Prompt, constraint: Constraint) -> Prompt:
+    """The prompt with the reasoning off: a constraint holds from the first token."""
+    if prompt.thinking:
+        raise InvalidRequest(
+            f"{constraint.field} holds from the first token, so that nothing can be thought before it: leave "
+            "enable_thinking out",
+            field="enable_thinking",
+        )
+    return replace(prompt, thinking=False) if prompt.messages else prompt
+
+
 def _ended_before(
-    job: Job, stream: TextStream, stop_tokens: frozenset[int], walk: Walk | None
+    job: Job, stream: AnswerStream, stop_tokens: frozenset[int], walk: Walk | None
 ) -> FinishReason | None:
     """Why a resumed job has nothing left to do; None if it has."""
     resumed = job.resume_token_ids

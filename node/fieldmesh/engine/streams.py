@@ -41,6 +41,7 @@ class _Stream:
         self.started: Started | None = None
         self.token_ids: list[int] = []
         self.texts: list[str] = []
+        self.reasonings: list[str] = []
         self.logprobs: list[Logprobs] = []
         self.next_index = len(job.resume_token_ids)
         self.end: Completion | FieldmeshError | None = None
@@ -70,10 +71,12 @@ class _Stream:
             token_ids=tuple(self.token_ids),
             text="".join(self.texts),
             logprobs=tuple(self.logprobs),
+            reasoning="".join(self.reasonings),
         )
         self.next_index = chunk.next_token_index
         self.token_ids.clear()
         self.texts.clear()
+        self.reasonings.clear()
         self.logprobs.clear()
         return chunk
 
@@ -155,6 +158,7 @@ class Streams:
             case Tokens():
                 stream.token_ids.extend(report.token_ids)
                 stream.texts.append(report.text)
+                stream.reasonings.append(report.reasoning)
                 stream.logprobs.extend(report.logprobs)
                 if len(stream.token_ids) > self._stream_tokens_max and stream.slow_timer is None:
                     self._pause(stream)
@@ -191,6 +195,7 @@ class Streams:
         unread = len(stream.token_ids)
         stream.token_ids.clear()
         stream.texts.clear()
+        stream.reasonings.clear()
         stream.logprobs.clear()
         stream.end = SlowReader(
             f"the stream was not read for {self._slow_reader_timeout_s:g} s with {unread} tokens waiting; "

@@ -81,7 +81,8 @@ def ask_from_generate(request: pb.GenerateRequest, limits: RequestLimits) -> Ask
 
 def ask_from_chat(request: pb.ChatRequest, limits: RequestLimits) -> Ask:
     """A validated Ask; the request id must be set by now. Raises InvalidRequest."""
-    prompt = Prompt(messages=_messages(request.messages, limits))
+    thinking = request.enable_thinking if request.HasField("enable_thinking") else None
+    prompt = Prompt(messages=_messages(request.messages, limits), thinking=thinking)
     return _ask(request, prompt, limits)
 
 
@@ -223,6 +224,8 @@ def chat_from_ask(ask: Ask) -> pb.ChatRequest:
     request = pb.ChatRequest()
     _fill(request, ask)
     request.messages.extend(messages_to_proto(ask.prompt.messages))
+    if ask.prompt.thinking is not None:
+        request.enable_thinking = ask.prompt.thinking
     return request
 
 
@@ -260,6 +263,7 @@ def chunk_to_proto(chunk: Chunk) -> pb.Chunk:
             pb.Logprobs(drawn=_logprob_to_proto(entry.drawn), top=map(_logprob_to_proto, entry.top))
             for entry in chunk.logprobs
         ],
+        reasoning=chunk.reasoning,
     )
 
 
@@ -284,6 +288,7 @@ def chunk_from_proto(chunk: pb.Chunk) -> Chunk:
             Logprobs(drawn=_logprob_from_proto(entry.drawn), top=tuple(map(_logprob_from_proto, entry.top)))
             for entry in chunk.logprobs
         ),
+        reasoning=chunk.reasoning,
     )
 
 
@@ -328,6 +333,7 @@ def fill_completion(complete: pb.Complete, completion: Completion) -> None:
     complete.usage.prompt_tokens = completion.usage.prompt_tokens
     complete.usage.cached_tokens = completion.usage.cached_tokens
     complete.usage.completion_tokens = completion.usage.completion_tokens
+    complete.usage.reasoning_tokens = completion.usage.reasoning_tokens
     complete.choices.extend(
         pb.Choice(
             index=choice.index,
@@ -350,6 +356,7 @@ def completion_from_proto(complete: pb.Complete) -> Completion:
             prompt_tokens=complete.usage.prompt_tokens,
             cached_tokens=complete.usage.cached_tokens,
             completion_tokens=complete.usage.completion_tokens,
+            reasoning_tokens=complete.usage.reasoning_tokens,
         ),
         choices=tuple(
             Choice(

@@ -67,6 +67,7 @@ _LOGIT_BIAS: Final = _Range(low=-100, high=100)
 _WIRE_RANGES: Final = {
     "max_tokens": "a whole number from 1 to 2147483647",
     "min_tokens": "a whole number from 0 to 2147483647",
+    "reasoning_tokens_max": "a whole number from 0 to 2147483647",
     "seed": "a whole number from 0 to 4294967295",
 }
 
@@ -76,6 +77,7 @@ def overrides_from_proto(params: pb.SamplingParams, max_tokens_max: int) -> Samp
     ranges = _RANGES | {
         "max_tokens": _Range(low=1, high=max_tokens_max),
         "min_tokens": _Range(low=0, high=max_tokens_max),
+        "reasoning_tokens_max": _Range(low=0, high=max_tokens_max),
     }
     given: dict[str, Any] = {}
     for name, accepted in ranges.items():
@@ -149,7 +151,7 @@ def _stops(stops: Iterable[str]) -> tuple[str, ...]:
 
 def fill_params(params: pb.SamplingParams, sampling: SamplingOverrides) -> None:
     """Write what a request says about sampling. Raises InvalidRequest for what the wire cannot hold."""
-    for name in (*_RANGES, "max_tokens", "min_tokens", "seed", "ignore_eos"):
+    for name in (*_RANGES, *_WIRE_RANGES, "ignore_eos"):
         value = getattr(sampling, name)
         if value is not None:
             try:

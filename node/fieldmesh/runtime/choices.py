@@ -86,4 +86,6 @@ def _summed(ends: Sequence[Completion]) -> Completion:
         for index, end in enumerate(ends)
     )
     tokens = sum(choice.completion_tokens for choice in choices)
-    return replace(first, usage=replace(first.usage, completion_tokens=tokens), choices=choices)
+    reasoning = sum(end.usage.reasoning_tokens for end in ends)
+    usage = replace(first.usage, completion_tokens=tokens, reasoning_tokens=reasoning)
+    return replace(first, usage=usage, choices=choices)

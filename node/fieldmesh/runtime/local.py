@@ -140,4 +140,5 @@ def _joined(first: Chunk, second: Chunk) -> Chunk:
         token_ids=first.token_ids + second.token_ids,
         text=first.text + second.text,
         logprobs=first.logprobs + second.logprobs,
+        reasoning=first.reasoning + second.reasoning,
     )

@@ -1,0 +1,53 @@
+"""One generation of the engine's loop. Owns: its text, its reasoning, and what its next token must be. Must
+not: draw, or know the scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fieldmesh.core.model import Logprobs, Sampling
+from fieldmesh.core.reasoning import AnswerStream
+
+if TYPE_CHECKING:
+    from fieldmesh.engine.loop import Drawn, Draws
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """``index`` counts its tokens, ``close_tokens`` end a reasoning that has become too long."""
+
+    key: int
+    sampling: Sampling
+    seed: int
+    stream: AnswerStream
+    sampler: Draws
+    stop_tokens: frozenset[int]
+    index: int
+    close_tokens: tuple[int, ...] = ()
+    text: str = ""
+    reasoning: str = ""
+    logprobs: tuple[Logprobs, ...] = ()
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next: of the end of the reasoning, once it has its most tokens.
+
+        A function of the text so far alone, so that a resumed generation is forced as the first one was.
+        """
+        most, stream = self.sampling.reasoning_tokens_max, self.stream
+        if most is None or not stream.inside or stream.reasoning_tokens < most:
+            return None
+        behind = stream.reasoning_tokens - most
+        return self.close_tokens[behind] if behind < len(self.close_tokens) else None
+
+    def take(self, drawn: Drawn, piece: bytes) -> bool:
+        """Add a token's text; True if the generation ends with it."""
+        self.index += 1
+        self.logprobs = (drawn.logprobs,) if drawn.logprobs else ()
+        if drawn.token_id in self.stop_tokens:
+            self.reasoning = self.text = ""
+            return True
+        self.reasoning, self.text = self.stream.push(piece)
+        return drawn.ends or bool(self.stream.matched_stop)
