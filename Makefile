@@ -98,8 +98,9 @@ sweep: dev ## every scenario over many seeds
 	@$(BIN)/python -m simulations sweep
 
 .PHONY: kill-test
-kill-test: dev ## kills voters 140 times under load and counts what was lost (a quarter of an hour)
+kill-test: dev ## kills voters 140 times under load, cuts networks, counts what was lost (half an hour; cuts need root)
 	@$(BIN)/python -m benchmarks.consensus_kills
+	@$(BIN)/python -m benchmarks.consensus_cuts
 
 .PHONY: compose-test
 compose-test: dev wheel ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
