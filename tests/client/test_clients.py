@@ -467,6 +467,7 @@ async def test_another_program_behind_the_address_is_named_as_such(driver: Drive
     [
         ({"request_id": "two words"}, "request_id"),
         ({"priority": "high"}, "priority"),
+        ({"tenant": "two words"}, "tenant"),
         ({"temprature": 1}, "temprature"),
         ({"stop": "x"}, "stop"),
         ({"max_tokens": 2**40}, "sampling_params.max_tokens"),

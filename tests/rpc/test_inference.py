@@ -78,6 +78,7 @@ asks = st.builds(
     target=st.builds(Target, profile=names, model=names, domain=names),
     sampling=overrides,
     priority=st.sampled_from(Priority),
+    tenant=st.from_regex(r"[A-Za-z0-9._:-]{0,64}", fullmatch=True),
     explain=st.booleans(),
 )
 

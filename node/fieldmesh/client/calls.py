@@ -101,7 +101,8 @@ class Options(TypedDict, total=False):
     (Rust's syntax), ``grammar`` (Lark as llguidance reads it), ``json_object`` (True: any JSON object). What
     cannot be enforced raises ConstraintInvalid with the reason.
 
-    The call: ``priority`` (default ``normal``), ``explain`` (the result carries the routing decision),
+    The call: ``priority`` (default ``normal``), ``tenant`` (whose it is: a full node serves its tenants in
+    equal shares; up to 64 of ``[A-Za-z0-9._:-]``), ``explain`` (the result carries the routing decision),
     ``request_id`` (1 to 64 of ``[A-Za-z0-9._:-]``; default: a random one; a repeat is answered, not done
     again), ``timeout_s`` (for the whole call, all attempts and the stream included; default: the client's).
     """
@@ -132,6 +133,7 @@ class Options(TypedDict, total=False):
     grammar: str
     json_object: bool
     priority: Literal["interactive", "normal", "batch"]
+    tenant: str
     explain: bool
     request_id: str
     timeout_s: float | None
@@ -211,6 +213,7 @@ def ask(prompt: Prompt, options: Options) -> Ask:
         target=target(given),
         sampling=SamplingOverrides(**sampling),
         priority=_PRIORITIES[priority],
+        tenant=codec.tenant(given.get("tenant", "")),
         explain=bool(given.get("explain", False)),
     )
 

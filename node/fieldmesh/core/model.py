@@ -426,6 +426,7 @@ class Ask:
     target: Target = field(default_factory=Target)
     sampling: SamplingOverrides = field(default_factory=SamplingOverrides)
     priority: Priority = Priority.NORMAL
+    tenant: str = ""
     explain: bool = False
 
 

@@ -146,8 +146,18 @@ def _ask(request: pb.GenerateRequest | pb.ChatRequest, prompt: Prompt, limits: R
         target=target_from_proto(request.target),
         sampling=overrides_from_proto(request.sampling_params, limits.max_tokens_max),
         priority=_PRIORITIES.get(request.priority, Priority.NORMAL),
+        tenant=tenant(request.tenant),
         explain=request.explain,
     )
+
+
+def tenant(text: str) -> str:
+    """``text`` as the name of whom a request is for. Raises InvalidRequest."""
+    if text and not REQUEST_ID.fullmatch(text):
+        raise InvalidRequest(
+            "tenant must have at most 64 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-'", field="tenant"
+        )
+    return text
 
 
 def request_id(text: str) -> RequestId:
@@ -243,6 +253,7 @@ def _fill(request: pb.GenerateRequest | pb.ChatRequest, ask: Ask) -> None:
     request.request_id = ask.request_id
     request.target.CopyFrom(target_to_proto(ask.target))
     request.priority = _PRIORITIES_OUT[ask.priority]
+    request.tenant = ask.tenant
     request.explain = ask.explain
     fill_params(request.sampling_params, ask.sampling)
 

@@ -50,6 +50,7 @@ class LocalRuns:
                         sampling=choice,
                         epoch=epoch,
                         priority=ask.priority,
+                        tenant=ask.tenant,
                         deadline_s=None if due is None else due - loop.time(),
                     )
                     for index, choice in enumerate(choice_samplings(sampling))

@@ -365,6 +365,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_PARAMS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Made by the client, 1 to 64 characters of [A-Za-z0-9._:-]; a repeat is answered, not done again.
     Empty: the node makes one.
@@ -375,6 +376,10 @@ class GenerateRequest(_message.Message):
     """Which queue to wait in."""
     explain: _builtins.bool
     """Have the result carry the routing decision."""
+    tenant: _builtins.str
+    """Whose request this is: a node that is full serves its tenants in equal shares. Up to 64 characters of
+    [A-Za-z0-9._:-]; empty: that of all who do not say.
+    """
     @_builtins.property
     def target(self) -> Global___Target:
         """Who should answer."""
@@ -397,10 +402,11 @@ class GenerateRequest(_message.Message):
         sampling_params: Global___SamplingParams | None = ...,
         priority: Global___Priority.ValueType = ...,
         explain: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "sampling_params", b"sampling_params", "target", b"target", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "input", b"input", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling_params", b"sampling_params", "target", b"target", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explain", b"explain", "input", b"input", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling_params", b"sampling_params", "target", b"target", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -479,6 +485,7 @@ class ChatRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
     ENABLE_THINKING_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Made by the client, 1 to 64 characters of [A-Za-z0-9._:-]; a repeat is answered, not done again.
     Empty: the node makes one.
@@ -490,6 +497,10 @@ class ChatRequest(_message.Message):
     enable_thinking: _builtins.bool
     """Whether a thinking model reasons before it answers; not set: as its chat template has it. True is refused
     by a model that cannot, and beside a constraint.
+    """
+    tenant: _builtins.str
+    """Whose request this is: a node that is full serves its tenants in equal shares. Up to 64 characters of
+    [A-Za-z0-9._:-]; empty: that of all who do not say.
     """
     @_builtins.property
     def target(self) -> Global___Target:
@@ -513,10 +524,11 @@ class ChatRequest(_message.Message):
         priority: Global___Priority.ValueType = ...,
         explain: _builtins.bool = ...,
         enable_thinking: _builtins.bool | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_enable_thinking", b"_enable_thinking", "enable_thinking", b"enable_thinking", "sampling_params", b"sampling_params", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_enable_thinking", b"_enable_thinking", "enable_thinking", b"enable_thinking", "explain", b"explain", "messages", b"messages", "priority", b"priority", "request_id", b"request_id", "sampling_params", b"sampling_params", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_enable_thinking", b"_enable_thinking", "enable_thinking", b"enable_thinking", "explain", b"explain", "messages", b"messages", "priority", b"priority", "request_id", b"request_id", "sampling_params", b"sampling_params", "target", b"target", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__enable_thinking: _TypeAlias = _typing.Literal["enable_thinking"]  # noqa: Y015
     _WhichOneofArgType__enable_thinking: _TypeAlias = _typing.Literal["_enable_thinking", b"_enable_thinking"]  # noqa: Y015
