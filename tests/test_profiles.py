@@ -303,6 +303,26 @@ def test_a_profile_that_could_not_be_read_again_is_not_written(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_is_found_beside_its_profile(tmp_path: Path) -> None:
+    (tmp_path / "vet.gguf").write_bytes(b"GGUF")
+    profile = Profile(name="vet", adapters=(Adapter(path="vet.gguf", scale=0.5),), folder=tmp_path)
+    assert profiles.adapters(profile) == (Adapter(path=str(tmp_path / "vet.gguf"), scale=0.5),)
+
+
+def test_an_adapter_that_is_not_there_is_named_with_the_shipped_ones(tmp_path: Path) -> None:
+    for path in ("no.gguf", "no-such-name"):
+        with pytest.raises(ModelFileInvalid, match=r"no adapter file .*/no.*\.gguf .*profile vet"):
+            profiles.adapters(Profile(name="vet", adapters=(Adapter(path=path),), folder=tmp_path))
+
+
+def test_adapters_are_left_out_where_another_model_is_named(tmp_path: Path) -> None:
+    for name in ("own.gguf", "other.gguf", "vet.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    profile = Profile(name="vet", model="own.gguf", adapters=(Adapter(path="vet.gguf"),), folder=tmp_path)
+    assert len(profiles.adapters(profile, str(tmp_path / "own.gguf"))) == 1
+    assert profiles.adapters(profile, str(tmp_path / "other.gguf")) == ()
+
+
 def test_a_new_profile_takes_the_users_model_and_questions(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     questions = tmp_path / "q.txt"

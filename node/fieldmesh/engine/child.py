@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import secrets
 import select
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fieldmesh.core.errors import FieldmeshError
+from fieldmesh.engine.adapters import check_adapters
+from fieldmesh.engine.fingerprint import fingerprint
 from fieldmesh.engine.frames import (
     LENGTH_BYTES,
     Command,
@@ -95,7 +96,8 @@ def _load(
     settings = configure.settings
     settings.validate()
     header = read_header(settings.model_path)
-    fingerprint = configure.fingerprint or _fingerprint(settings.model_path, channel)
+    check_adapters(settings, header)
+    known = configure.fingerprint or fingerprint(settings, lambda: channel.send([Loading(0.0)]))
     from fieldmesh.engine.grammars import Grammars  # a damaged file is told without loading the libraries
     from fieldmesh.engine.llama import LlamaModel
     from fieldmesh.engine.trial import Trial
@@ -105,8 +107,8 @@ def _load(
     loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32), grammars=grammars)
     loop.warm_up(time.monotonic)
     if settings.state_bytes_max:
-        loop.keep_states(model, model.state_facts() | {"file": fingerprint}, exchange_fd, wake=channel.wake)
-    return loop, _info(settings, header, fingerprint, model, loop), grammars
+        loop.keep_states(model, model.state_facts() | {"file": known}, exchange_fd, wake=channel.wake)
+    return loop, _info(settings, header, known, model, loop), grammars
 
 
 def _info(
@@ -130,18 +132,9 @@ def _info(
             "mixed_tokens": str(settings.mixed_tokens),
             "reuse_prefixes": str(loop.batcher.config.reuse_prefixes).lower(),
             "n_gpu_layers": str(settings.n_gpu_layers),
+            "adapters": ", ".join(Path(adapter.path).stem for adapter in settings.adapters) or "none",
         },
     )
-
-
-def _fingerprint(path: str, channel: _Channel) -> str:
-    """SHA-256 of the file, with a sign of life to the host now and then."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(64 << 20):
-            digest.update(block)
-            channel.send([Loading(0.0)])
-    return digest.hexdigest()
 
 
 class _Channel:

@@ -6,9 +6,10 @@ tensors. A hostile header costs bounded memory and time.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -40,13 +41,15 @@ Value: TypeAlias = str | int | float | bool | tuple[float, ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufHeader:
     """What a sound file says of itself. ``keys`` holds scalars, strings and short arrays of numbers; other
-    arrays only by their length. ``weights_bytes`` is the size of all tensors."""
+    arrays only by their length. ``weights_bytes`` is the size of all tensors, ``shapes`` their dimensions in
+    the file's order (of a matrix: inputs, outputs)."""
 
     version: int
     tensors: int
     file_bytes: int
     weights_bytes: int
     keys: dict[str, Value]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -169,7 +172,8 @@ def _read(reader: _Reader, path: str, size: int) -> GgufHeader:
     for _ in range(count):
         key = reader.string()
         keys[key] = reader.value(reader.number("I"))
-    ends = [_tensor_end(reader) for _ in range(tensors)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    ends = [_tensor_end(reader, shapes) for _ in range(tensors)]
     alignment = keys.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
         raise ValueError(f"an alignment of {alignment}")
@@ -183,23 +187,27 @@ def _read(reader: _Reader, path: str, size: int) -> GgufHeader:
     if "general.architecture" not in keys:
         raise _invalid(path, "holds no model (it names no architecture); give a model in GGUF format")
     return GgufHeader(
-        version=version, tensors=tensors, file_bytes=size, weights_bytes=max(ends, default=0), keys=keys
+        version=version,
+        tensors=tensors,
+        file_bytes=size,
+        weights_bytes=max(ends, default=0),
+        keys=keys,
+        shapes=shapes,
     )
 
 
-def _tensor_end(reader: _Reader) -> int:
-    """Where one tensor ends, counted from the start of the data."""
-    reader.string()
+def _tensor_end(reader: _Reader, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Where one tensor ends, counted from the start of the data. Notes its shape."""
+    name = reader.string()
     dimensions = reader.number("I")
     if dimensions > 4:
         raise ValueError(f"a tensor of {dimensions} dimensions")
-    values = 1
-    for _ in range(dimensions):
-        values *= reader.number("Q")
+    shapes[name] = tuple(reader.number("Q") for _ in range(dimensions))
+    values = math.prod(shapes[name])
     kind, offset = reader.number("I"), reader.number("Q")
     block_values, block_bytes = _BLOCKS.get(kind, (1, 0))
     return offset + -(-values // block_values) * block_bytes
 
 
 def _invalid(path: str, problem: str) -> ModelFileInvalid:
-    return ModelFileInvalid(f"the model file {path} {problem}", field="model_path")
+    return ModelFileInvalid(f"the file {path} {problem}", field="model_path")

@@ -16,10 +16,10 @@ import socket
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
 from fieldmesh.core.errors import EngineNotReady, FieldmeshError, Internal
 from fieldmesh.core.model import EngineState
+from fieldmesh.engine.fingerprint import stamp
 from fieldmesh.engine.frames import (
     LENGTH_BYTES,
     Command,
@@ -53,7 +53,7 @@ class EngineProcess(EngineFront):
         self._first: asyncio.Future[EngineInfo] | None = None
         self._crashes: deque[float] = deque(maxlen=settings.crashes_max)
         self._frames = 0
-        self._fingerprints: dict[tuple[str, int, int], str] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return f"EngineProcess({self.state.value}, pid={self.pid}, jobs={len(self._streams)})"
@@ -188,15 +188,17 @@ class EngineProcess(EngineFront):
             self._take_ready(report.info)
 
     def _take_ready(self, info: EngineInfo) -> None:
-        if identity := _file_identity(self.settings.model_path):
-            self._fingerprints = {identity: info.fingerprint}
+        with contextlib.suppress(OSError):
+            self._fingerprints = {stamp(self.settings): info.fingerprint}
         assert self._first is not None
         if not self._first.done():
             self._first.set_result(info)
 
     def _known_fingerprint(self) -> str:
-        identity = _file_identity(self.settings.model_path)
-        return self._fingerprints.get(identity, self.fingerprint_hint) if identity else ""
+        try:
+            return self._fingerprints.get(stamp(self.settings), self.fingerprint_hint)
+        except OSError:
+            return ""
 
     def _now(self) -> float:
         return time.monotonic()
@@ -213,12 +215,3 @@ async def _tail(stream: asyncio.StreamReader | None) -> str:
     while data := await stream.read(STDERR_BYTES_MAX):
         kept = (kept + data)[-STDERR_BYTES_MAX:]
     return kept.decode("utf-8", errors="replace")
-
-
-def _file_identity(path: str) -> tuple[str, int, int] | None:
-    """What changes when a file's content does, short of reading it."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return path, status.st_size, status.st_mtime_ns

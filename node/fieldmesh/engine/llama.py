@@ -23,7 +23,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
-from fieldmesh.core.model import Sampling
+from fieldmesh.core.model import Adapter, Sampling
 from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.embeddings import Pooling
 from fieldmesh.engine.encoder import Encoder, Rows, pooling_of
@@ -62,6 +62,7 @@ class LlamaModel:
         self._settings = settings
         self._check(settings)
         self._context = _new_context(self._model, settings)
+        _set_adapters(self._model, self._context, settings.adapters)
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(settings.step_tokens_max, 0, 1)
         self._logits = np.empty((settings.slots, self.vocabulary_tokens), dtype=np.float32)
@@ -486,3 +487,24 @@ def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llam
             field="context_tokens",
         )
     return context
+
+
+def _set_adapters(
+    model: lib.llama_model_p, context: lib.llama_context_p, adapters: Sequence[Adapter]
+) -> None:
+    """Apply LoRA files to all that the context computes; they are freed with the model."""
+    loaded = []
+    for adapter in adapters:
+        found = lib.llama_adapter_lora_init(model, adapter.path.encode())
+        if not found:
+            raise ModelFileInvalid(
+                f"llama.cpp cannot load the adapter {adapter.path}: "
+                f"{'; '.join(_log_lines) or 'no reason given'}; use one that was trained on this model",
+                field="adapters",
+            )
+        loaded.append(found)
+    if loaded:
+        pointers = (lib.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
+        scales = (ctypes.c_float * len(loaded))(*(adapter.scale for adapter in adapters))
+        if lib.llama_set_adapters_lora(context, pointers, len(loaded), scales):
+            raise Internal(f"llama.cpp refuses the adapters: {'; '.join(_log_lines)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fieldmesh.core.errors import ConfigError
+from fieldmesh.core.model import Adapter
 from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, BatcherConfig
 
 KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32}
@@ -46,6 +47,8 @@ class EngineSettings:
     ``kv_type`` q8_0 halves what keys take. Values stay f16 unless flash attention is on: llama.cpp has no
     other way to read quantised ones.
 
+    ``adapters`` are LoRA files, applied together to whatever answers; embeddings are the base model's.
+
     ``state_bytes_max`` bounds the states of sequences that are kept for later: of those that were preempted,
     of retired ones, of those that came from another engine (0: none). They are files in ``state_folder``,
     where a restarted engine finds them again, or in memory where that is empty.
@@ -70,6 +73,7 @@ class EngineSettings:
     n_gpu_layers: int = 0
     flash_attention: bool = False
     kv_type: str = "f16"
+    adapters: tuple[Adapter, ...] = ()
     reuse_prefixes: bool = True
     state_bytes_max: int = 0
     state_folder: str = ""
@@ -95,6 +99,11 @@ class EngineSettings:
                 f"kv_type must be one of {', '.join(KV_TYPES)}, not {self.kv_type!r}", field="kv_type"
             )
         self.batcher_config().validate()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of all that is loaded."""
+        return self.model_path, *(adapter.path for adapter in self.adapters)
 
     @property
     def kv_types(self) -> tuple[str, str]:

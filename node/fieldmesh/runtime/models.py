@@ -1,7 +1,7 @@
 """This node's models: one process each, loaded when asked for, out again when others need the memory.
 
 Owns: performing what ``core.loading`` decides, the engines that live now, who waits for which, what each
-model's file is called by (its SHA-256), and the one load that the node tells the mesh. Must not: decide which
+model is called by (its fingerprint), and the one load that the node tells the mesh. Must not: decide which
 model goes, run requests, or know gRPC.
 
 A profile whose model is not loaded is offered all the same: its first question waits for the load. The first
@@ -11,18 +11,18 @@ profile is loaded at once.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fieldmesh.core.errors import EngineNotReady, FieldmeshError, ProfileNotFound
 from fieldmesh.core.loading import Admit, Effect, Loading, ModelState, Unload
 from fieldmesh.core.loading import Load as LoadModel
 from fieldmesh.core.model import EngineState, Load, ProfileOffer
+from fieldmesh.engine.adapters import check_adapters
+from fieldmesh.engine.fingerprint import fingerprint, stamp
 from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.gguf import read_header
 from fieldmesh.engine.memory import resident_bytes
@@ -59,9 +59,8 @@ class Hosted:
 
     @property
     def stamp(self) -> str:
-        """Changes when the model's file does, short of reading it."""
-        status = Path(self.settings.model_path).stat()
-        return f"{self.settings.model_path} {status.st_size} {status.st_mtime_ns}"
+        """Changes when the model's file or an adapter does, short of reading them."""
+        return stamp(self.settings)
 
     @property
     def load(self) -> Load:
@@ -195,13 +194,14 @@ class Models:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
 
     async def verify(self, profile: str) -> tuple[str, str]:
-        """The SHA-256 of the model's file as it is now, and the one by which it was known (or nothing).
+        """The fingerprint of the model as its files are now, and the one by which it was known (or nothing).
 
         Raises ModelFileInvalid where the file is no sound GGUF.
         """
         found = self.find(profile)
-        await asyncio.to_thread(read_header, found.settings.model_path)
-        return await asyncio.to_thread(_digest, found.settings.model_path), found.fingerprint
+        header = await asyncio.to_thread(read_header, found.settings.model_path)
+        await asyncio.to_thread(check_adapters, found.settings, header)
+        return await asyncio.to_thread(fingerprint, found.settings), found.fingerprint
 
     def statuses(self) -> list[ModelStatus]:
         """Every model of this node."""
@@ -300,7 +300,7 @@ class Models:
             if entry.fingerprint or entry.refused is not None:
                 continue
             try:
-                entry.fingerprint = await asyncio.to_thread(_digest, entry.settings.model_path)
+                entry.fingerprint = await asyncio.to_thread(fingerprint, entry.settings)
             except OSError as error:
                 logger.error("profile_not_offered", profile=entry.profile.name, why=str(error))
             await self._remember()
@@ -416,8 +416,3 @@ class Models:
                 self._stamps = stamps
         except (OSError, FieldmeshError) as error:  # the next start offers a little later, that is all
             logger.warning("fingerprint_not_kept", why=str(error))
-
-
-def _digest(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

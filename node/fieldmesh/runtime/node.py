@@ -40,6 +40,7 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
+from fieldmesh.engine.adapters import check_adapters
 from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fit import demand_fit
 from fieldmesh.engine.gguf import read_header
@@ -411,6 +412,9 @@ def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
     """A profile with its engine's settings. Raises ModelFileInvalid, ModelTooLarge, ConfigError."""
     path = profiles.model_path(profile, config.node.model)
     header = read_header(str(path))  # refuse a bad file now, in words, and not in a process's log
+    adapters = profiles.adapters(profile, config.node.model)
+    if len(adapters) < len(profile.adapters):
+        logger.warning("adapters_left_out", profile=profile.name, why="they were trained on another model")
     engine = config.engine
     slots = engine.slots or profile.slots
     settings = EngineSettings(
@@ -424,6 +428,7 @@ def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
         mixed_tokens=max(engine.prefill_chunk_tokens, slots + PREFILL_SHARE_TOKENS_MIN),
         queue_max=engine.queue_max,
         kv_type=profile.kv_type,
+        adapters=adapters,
         state_bytes_max=engine.states_mib_max << 20,
         state_folder=str(config.state_folder / SEQUENCES_FOLDER / profile.name),
         chat_template=profile.chat_template,
@@ -434,6 +439,7 @@ def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
         crash_window_s=600.0,
     )
     settings.validate()
+    header = replace(header, weights_bytes=header.weights_bytes + check_adapters(settings, header))
     fit = demand_fit(header, settings, memory_budget_bytes(config))
     return Hosted(profile=profile, settings=settings, size_bytes=fit.total)
 
