@@ -222,10 +222,8 @@ class Topology:
             behind = [node for node in wanted if node in members.learners]
             if behind:
                 return Advice(change=None, why=f"waits for {', '.join(behind)} to catch up")
-            return Advice(
-                change=None,
-                why=f"{len(members.voters)} voters and {len(members.learners)} learners are right",
-            )
+            have = f"{_count(members.voters, 'voter')} and {_count(members.learners, 'learner')}"
+            return Advice(change=None, why=f"{have}, as it should be")
         after = changed(members, change)
         if len(voting & set(after.voters) | ({change.node} & set(after.voters))) < after.quorum:
             return Advice(
@@ -234,13 +232,17 @@ class Topology:
         return Advice(change=change, why=_words(change, members, wanted))
 
 
+def _count(nodes: tuple[NodeId, ...], what: str) -> str:
+    return f"{len(nodes) or 'no'} {what}{'' if len(nodes) == 1 else 's'}"
+
+
 def _words(change: Change, members: Members, wanted: tuple[NodeId, ...]) -> str:
     match change:
         case AddLearner(node=node):
             what = "to vote later" if node in wanted else "to stand by"
             return f"{node} has been stable and is added as a learner, {what}"
         case Promote(node=node):
-            return f"{node} has caught up and becomes a voter: {len(wanted)} voters are wanted"
+            return f"{node} has caught up and becomes a voter; there should be {len(wanted)}"
         case Remove(node=node):
             what = "learner" if node in members.learners else "voter"
-            return f"{node} is removed as a {what}: {len(wanted)} voters are wanted, and it is none of them"
+            return f"{node} is removed as a {what}; there should be {_count(wanted, 'voter')} without it"
