@@ -16,18 +16,21 @@ from fieldmesh.core.errors import (
     DeadlineExceeded,
     EngineLost,
     EngineNotReady,
+    GenerationNotFound,
     InvalidRequest,
     PromptTooLong,
     QueueFull,
     SlowReader,
+    StateRefused,
 )
-from fieldmesh.core.model import EngineState, FinishReason, Message, Prompt, Sampling
+from fieldmesh.core.model import Chunk, EngineState, FinishReason, Message, Prompt, Sampling
 from fieldmesh.engine.cost import CostModel
 from fieldmesh.engine.fake import FakeEngine
 from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.port import Engine, Job
 from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.states import SequenceState
 from tests.engine.asking import GREEDY, ask, chat, drain, job, wait_load
 from tests.engine.tiny_model import write_tiny_model
 
@@ -50,6 +53,7 @@ def make_engine(kind: str, model: Path) -> EngineFront:
         context_tokens=CONTEXT_TOKENS,
         stream_tokens_max=8,
         slow_reader_timeout_s=0.3,
+        state_bytes_max=1 << 24,
     )
     return EngineProcess(settings) if kind == "real" else FakeEngine(settings, cost=FAST)
 
@@ -210,6 +214,45 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(engine: Engine) -> 
     assert refused.value.retry_after_s
     for stream in streams:
         await stream.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+async def test_a_sequence_can_be_taken_out_and_gone_on_with(engine: Engine, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, seed=7, max_tokens=300, ignore_eos=True)
+    one = job("a", "the field mesh " * 20, sampling=sampling)
+    whole = await ask(engine, one)
+    running = engine.submit(one)
+    delivered = 0
+    while not delivered:
+        event = await anext(running)
+        delivered = len(event.token_ids) if isinstance(event, Chunk) else 0
+    state = await engine.export("a")
+    await running.aclose()  # type: ignore[attr-defined]
+    done = state.header.token_ids[state.header.prompt_tokens :]
+    assert len(done) >= delivered
+    await engine.import_(state)
+    rest = await ask(engine, state.job("b"))
+    assert [*done, *rest.token_ids] == whole.token_ids
+    assert rest.completion is not None
+    assert rest.completion.usage.completion_tokens == 300
+    assert rest.completion.usage.cached_tokens >= state.header.prompt_tokens - 2
+
+
+async def test_what_does_not_run_cannot_be_taken_out(engine: Engine) -> None:
+    with pytest.raises(GenerationNotFound):
+        await engine.export("nobody")
+
+
+async def test_junk_is_not_taken_in(engine: Engine) -> None:
+    running = engine.submit(job("a", sampling=replace(GREEDY, max_tokens=4000)))
+    while not isinstance(await anext(running), Chunk):
+        pass
+    state = await engine.export("a")
+    await running.aclose()  # type: ignore[attr-defined]
+    with pytest.raises(StateRefused):
+        await engine.import_(SequenceState(state.header, state.envelope[:-1]))
+    with pytest.raises(StateRefused, match="keeps"):
+        await engine.import_(SequenceState(state.header, bytes(1 << 25)))
 
 
 async def test_a_deadline_ends_a_running_job(engine: Engine) -> None:
