@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from pathlib import Path
 from benchmarks.cluster import Box, Cluster, wait_until
 from benchmarks.report import Row, show
 from fieldmesh.client import Client
-from fieldmesh.client.admin import Admin
+from fieldmesh.client.admin import Admin, Setting
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, SessionExpired
 from fieldmesh.core.settings import Change, Record
 
@@ -50,7 +50,7 @@ class Ledger:
     lock: threading.Lock = field(default_factory=threading.Lock)
     acknowledged: dict[tuple[str, str], int] = field(default_factory=dict)
     changed: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    holes: int = 0
+    holes: list[tuple[int, int, dict[str, Setting]]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     acknowledged_at: float = 0.0
 
@@ -63,19 +63,33 @@ class Ledger:
         with self.lock:
             self.changed.setdefault((record.key, record.after or ""), []).append(record.revision)
 
+    def missed(self, after: int, upto: int, settings: Iterable[Setting]) -> None:
+        """The watch came too late for the changes in between, and was told what is there now."""
+        with self.lock:
+            self.holes.append((after, upto, {setting.key: setting for setting in settings}))
+
     @property
     def count(self) -> int:
         with self.lock:
             return len(self.acknowledged)
 
     def lost(self) -> list[tuple[str, str, int]]:
-        """Acknowledged writes that no change shows under their revision."""
+        """Acknowledged writes that no change shows under their revision, nor what stood there afterwards."""
         with self.lock:
             return [
                 (key, value, revision)
                 for (key, value), revision in self.acknowledged.items()
                 if revision not in self.changed.get((key, value), ())
+                and not self._stood(key, value, revision)
             ]
+
+    def _stood(self, key: str, value: str, revision: int) -> bool:
+        """Whether a write that the watch missed was there afterwards, or a later one of its only writer."""
+        for after, upto, settings in self.holes:
+            if after < revision <= upto and key in settings:
+                now = settings[key]
+                return now.revision > revision or (now.revision, now.text) == (revision, value)
+        return False
 
     def doubled(self) -> list[tuple[str, str]]:
         """Writes that were done more than once."""
@@ -155,7 +169,7 @@ class Load:
                 with Client(self._seeds()) as client:
                     for news in Admin(client).watch(after_revision=after):
                         if news.settings is not None and news.revision > after:
-                            self.ledger.holes += 1
+                            self.ledger.missed(after, news.revision, news.settings)
                         for record in news.changes:
                             self.ledger.saw(record)
                         after = self._watched = max(after, news.revision)
@@ -388,7 +402,7 @@ def rows(*, leader: int, everybody: int, compaction: int, pause: int) -> Iterato
             load.settle()
             gone, twice, terms = load.ledger.lost(), load.ledger.doubled(), voters.terms()
         tell(f"{name}: lost {gone[:5]}, doubled {twice[:5]}, {dict(load.ledger.errors)}")
-        lost, doubled, holes = lost + len(gone), doubled + len(twice), holes + load.ledger.holes
+        lost, doubled, holes = lost + len(gone), doubled + len(twice), holes + len(load.ledger.holes)
         acknowledged += load.ledger.count
         split |= {term: who for term, who in terms.items() if len(who) > 1}
         yield Row(

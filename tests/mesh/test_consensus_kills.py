@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.consensus_kills import Ledger, rows
+from fieldmesh.client.admin import Setting
 from fieldmesh.core.settings import Record
 
 COUNTS = {"writes_lost", "writes_doubled", "terms_with_two_leaders"}
@@ -43,3 +44,16 @@ def test_the_ledger_tells_what_was_lost_and_what_was_done_twice() -> None:
         )
     assert ledger.lost() == [("app/x", '"1"', 5)]
     assert ledger.doubled() == [("app/x", '"2"')]
+
+
+def test_what_the_watch_missed_is_judged_by_what_stood_there_afterwards() -> None:
+    ledger = Ledger()
+    for key, revision in (("app/a", 3), ("app/b", 4), ("app/c", 5)):
+        ledger.acknowledge(key, '"mine"', revision)
+    stood = (
+        Setting(key="app/a", text='"mine"', revision=3),
+        Setting(key="app/b", text='"later"', revision=6),
+        Setting(key="app/c", text='"older"', revision=1),
+    )
+    ledger.missed(2, 6, stood)
+    assert ledger.lost() == [("app/c", '"mine"', 5)]

@@ -100,15 +100,16 @@ class Box:
         self.lab.tell()
         return self.council
 
-    async def stop(self, *, hand_over: bool = False) -> None:
-        """End this node, without a word unless it is to ``hand_over``; what it has on its disk stays."""
+    async def stop(self) -> None:
+        """End this node, without a word to the others; what it has on its disk stays."""
         if not self.running:
             return
         self.running = False
         if self.watcher is not None:
             self.watcher.cancel()
             await asyncio.gather(self.watcher, return_exceptions=True)
-        await self.council.close(hand_over=hand_over)
+        await self.council.close()
+        self.service.close()
         await self.raft_links.close()
         await self.links.close()
         await self.server.stop(None)

@@ -17,6 +17,7 @@ from fieldmesh.core.following import Content, Piece
 from fieldmesh.core.model import SeatKind
 from fieldmesh.core.raft_model import RaftConfig
 from fieldmesh.core.settings import Code, Command, Kind
+from fieldmesh.runtime.electorate import Electorate
 from tests.runtime.council_lab import FAST, Lab, Store, command, open_lab, put
 
 
@@ -235,7 +236,8 @@ async def test_the_office_is_handed_over_without_an_election_timeout(three: Lab)
 async def test_a_leader_that_leaves_hands_its_office_over_before(three: Lab) -> None:
     leader = three.leader
     term = three[leader].status().term
-    await three.boxes[leader].stop(hand_over=True)
+    await Electorate(three[leader], three.boxes[leader].view).hand_over()
+    await three.boxes[leader].stop()
     heir = three.leader
     assert heir not in ("", leader), "somebody leads already when it has left"
     assert three[heir].status().term == term + 1

@@ -49,6 +49,7 @@ class Agreement:
             colleagues=self._links,
             rng=rng,
         )
+        self._service = RaftService(self.council)
         self._electorate = Electorate(self.council, lambda: driver.view)
         self._admin = Admin(
             self.council, name=name, view=lambda: driver.view, advice=lambda: self._electorate.advice
@@ -56,6 +57,7 @@ class Agreement:
 
     async def open(self, stack: AsyncExitStack, *, found: bool, obey: Callable[[Rules], None]) -> None:
         """Take this node's seat. ``obey`` is called with other rules whenever they change."""
+        stack.callback(self._service.close)
         stack.push_async_callback(self._links.close)
         stack.push_async_callback(self.council.close)
         await self.council.start(found=found)
@@ -75,7 +77,7 @@ class Agreement:
 
     def for_peers(self) -> Sequence[grpc.GenericRpcHandler]:
         """What the peer listener is given."""
-        return RaftService(self.council).handlers()
+        return self._service.handlers()
 
     async def run(self) -> None:
         """Carry news and look after the voters until cancelled."""

@@ -41,7 +41,7 @@ from fieldmesh.runtime.council_model import (
 )
 from fieldmesh.runtime.raft_client import RaftClient
 from fieldmesh.runtime.raft_follow import Follower, Shelf
-from fieldmesh.runtime.raft_host import RaftHost, RefusedHere
+from fieldmesh.runtime.raft_host import RaftHost
 from fieldmesh.runtime.raft_store import RaftStore
 
 logger = log.get()
@@ -114,11 +114,8 @@ class Council:
         if found and self.view is None and not self.host.stopped_why:
             self._founding = self._loop.create_task(self._found_unless_there(), name="founding")
 
-    async def close(self, *, hand_over: bool = True) -> None:
-        """Leave, and hand over the leader's office before if there is somebody to take it; harmless when
-        repeated."""
-        if hand_over:
-            await self._hand_over()
+    async def close(self) -> None:
+        """Leave; harmless when repeated."""
         if self._founding is not None:
             self._founding.cancel()
             await asyncio.gather(self._founding, return_exceptions=True)
@@ -126,20 +123,6 @@ class Council:
             self._leaderless.cancel()
         await self._follower.close()
         await self.host.close()
-
-    async def _hand_over(self) -> None:
-        """Let another voter lead at once, instead of after an election timeout."""
-        status = self.status()
-        others = [(match, node) for node, match in status.matches if node in status.voters]
-        if not self.leading or not others:
-            return
-        try:
-            async with asyncio.timeout(self.config.hand_over_s):
-                self.host.transfer(max(others)[1])
-                while self.leading:
-                    await self.news.wait()
-        except (RefusedHere, TimeoutError):
-            logger.info("office_not_handed_over")
 
     def neighbours_changed(self) -> None:
         """Look again at what others say of their logs."""

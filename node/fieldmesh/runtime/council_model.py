@@ -81,8 +81,8 @@ class CouncilConfig:
     """Times and limits (seconds). ``leader_patience_s``: how long a write waits for a leader to appear before
     it fails with NO_QUORUM; an election takes up to two. ``found_wait_s``: how long a founder looks for a log
     of this mesh before it founds one; ``follow_after_s``: when a member without a leader asks others what is
-    configured; ``hand_over_s``: how long a leader that leaves waits for another to lead. Guesses for a LAN;
-    a heartbeat costs its leader some 0.5 ms of CPU a member, so their number decides what idling costs."""
+    configured. Guesses for a LAN; a heartbeat costs its leader some 0.5 ms of CPU a member, so their number
+    decides what idling costs."""
 
     raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.25, election_timeout_s=0.8))
     timeout_s: float = 5.0
@@ -90,7 +90,6 @@ class CouncilConfig:
     retry_pause_s: float = 0.03
     found_wait_s: float = 2.0
     follow_after_s: float = 2.0
-    hand_over_s: float = 0.5
 
 
 class Colleagues(Protocol):

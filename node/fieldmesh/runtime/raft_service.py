@@ -16,6 +16,7 @@ import grpc.aio
 
 from fieldmesh.core import settings_schema
 from fieldmesh.core.errors import (
+    Draining,
     FieldmeshError,
     InvalidRequest,
     LogMismatch,
@@ -56,6 +57,7 @@ class RaftService:
     def __init__(self, council: Council) -> None:
         self.malformed = 0
         self._council = council
+        self._closed = False
         self._streams: dict[NodeId, asyncio.Task[Any]] = {}
         self._watchers = 0
         self._encoded_of: tuple[State, LogView] | None = None
@@ -72,9 +74,10 @@ class RaftService:
         )
 
     def close(self) -> None:
-        """End all streams of messages."""
-        for task in self._streams.values():
-            task.cancel()
+        """End all streams, and take no more: this node is leaving."""
+        self._closed = True
+        while self._streams:
+            self._streams.popitem()[1].cancel()
 
     # --- messages of the log -------------------------------------------------------------------
 
@@ -87,7 +90,9 @@ class RaftService:
         if caller is None:
             await refuse(context, InvalidRequest("The log is for nodes only", field="user-agent"))
             return b""
-        if caller.node in self._streams:
+        if self._closed:
+            await refuse(context, _ended(True))
+        elif caller.node in self._streams:
             self._streams.pop(
                 caller.node
             ).cancel()  # the newer stream of a member takes the place of the older
@@ -100,6 +105,11 @@ class RaftService:
                 error = self._take(caller.node, data)
                 if error is not None:
                     await refuse(context, error)
+        except asyncio.CancelledError:
+            if self._streams.get(caller.node) is task:
+                raise
+            task.uncancel()  # it is we who end this stream, and its sender must learn why
+            await refuse(context, _ended(self._closed))
         finally:
             if self._streams.get(caller.node) is task:
                 del self._streams[caller.node]
@@ -208,7 +218,7 @@ class RaftService:
         self._watchers += 1
         try:
             seen = request.revision if request.resume and request.epoch == seat.epoch else None
-            while True:
+            while not self._closed:
                 news = council.news
                 for response in self._responses(seen):
                     yield response
@@ -235,6 +245,12 @@ class RaftService:
             told = pieces(held.view, held.state, seen)
             self._encoded[seen] = [wire.piece_to_proto(piece, now) for piece in told]
         return self._encoded[seen]
+
+
+def _ended(closed: bool) -> FieldmeshError:
+    if closed:
+        return Draining("This node is leaving")
+    return TooManyStreams("A newer stream of this member took the place of this one")
 
 
 def _mismatch(own: str, theirs: str) -> LogMismatch:
