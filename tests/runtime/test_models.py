@@ -7,7 +7,7 @@ Method: whole nodes whose budget holds one of two models, with fake engines; one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
@@ -22,6 +22,7 @@ from fieldmesh.core.errors import (
     ModelInUse,
     ModelTooLarge,
     ProfileNotFound,
+    StreamLost,
 )
 from fieldmesh.core.model import EngineState
 from fieldmesh.engine.fake import FakeEngine
@@ -29,7 +30,7 @@ from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.port import EngineInfo
 from fieldmesh.runtime.models import Models
 from fieldmesh.runtime.node import Node, running
-from tests.runtime.test_node import FAST, Site, new_site, tiny
+from tests.runtime.test_node import FAST, Site, new_site, tiny, until
 
 __all__ = ["tiny"]
 
@@ -56,8 +57,8 @@ def states(models: Models) -> dict[str, str]:
     return {status.profile: status.state for status in models.statuses()}
 
 
-async def until_waiting(models: Models, profile: str) -> None:
-    """Return when somebody waits for this profile."""
+async def until_told(models: Models, holds: Callable[[], bool]) -> None:
+    """Return when ``holds`` is true after a change of the models."""
     changed, told = asyncio.Event(), models._on_change
 
     def tell() -> None:
@@ -66,7 +67,7 @@ async def until_waiting(models: Models, profile: str) -> None:
 
     models._on_change = tell
     async with asyncio.timeout(10):
-        while not models._waiters[profile]:
+        while not holds():
             await changed.wait()
             changed.clear()
 
@@ -98,7 +99,7 @@ async def test_a_model_that_answers_stays_until_it_is_done(site: Site) -> None:
         stream = client.chat("hello", profile="general", max_tokens=2000, ignore_eos=True)
         await anext(stream)
         other = asyncio.create_task(client.chat("hello", profile="code", max_tokens=5).result())
-        await until_waiting(node.models, "code")
+        await until_told(node.models, lambda: bool(node.models._waiters["code"]))
         assert states(node.models)["general"] == "ready"
         await stream.close()
         assert (await other).profile == "code"
@@ -109,7 +110,7 @@ async def test_a_caller_who_leaves_while_a_model_waits_for_room_is_forgotten(sit
     models = node.models
     async with models.using("general"):
         waiting = asyncio.create_task(models.load("code"))
-        await until_waiting(models, "code")
+        await until_told(models, lambda: bool(models._waiters["code"]))
         waiting.cancel()
         await asyncio.wait((waiting,))
         assert not models._waiters["code"]
@@ -164,6 +165,49 @@ async def test_a_file_that_changed_is_told_by_its_digest(site: Site) -> None:
 async def test_models_that_do_not_fit_alone_are_refused_at_the_start(site: Site) -> None:
     with pytest.raises(ModelTooLarge):
         await new_node(site, EngineSlice(memory_mib_max=20))
+
+
+async def test_what_waits_for_an_engine_that_dies_is_answered_elsewhere(site: Site) -> None:
+    one_slot = EngineSlice(slots=1, queue_max=32)
+    node = await site.start("a", engine=one_slot)
+    await site.start("b", engine=one_slot)
+    await site.formed()
+    async with site.client("a") as client:
+        asked = [client.chat(f"{n}", max_tokens=300, ignore_eos=True).result() for n in range(12)]
+        answers = asyncio.gather(*asked, return_exceptions=True)
+        await until_told(node.models, lambda: node.models.node_load().queued >= 2)
+        site.engines["a"].lose()
+        assert states(node.models) == {"general": "lost"}
+        assert node.models.node_load().engine is EngineState.LOST
+        assert not node.models.able("general")
+        ends = await answers
+    lost = [end for end in ends if isinstance(end, BaseException)]
+    assert all(isinstance(end, StreamLost) for end in lost)
+    assert len(lost) <= 1, "only the one whose tokens had come could not be asked elsewhere"
+    assert {end.served_by for end in ends if not isinstance(end, BaseException)} >= {"b"}
+
+
+async def test_an_engine_that_was_given_up_is_told_everywhere_and_can_be_loaded_again(site: Site) -> None:
+    node = await site.start("only")
+    await site.formed()
+    site.engines["only"].lose(EngineState.FAILED)
+    await until(node, lambda ready: not ready)
+    (status,) = node.models.statuses()
+    assert (status.state, bool(status.problem)) == ("failed", True)
+    async with site.client("only") as client:
+        (told,) = await client.loads()
+        assert told.load.engine is EngineState.FAILED
+        with pytest.raises(FieldmeshError) as caught:
+            await client.chat("hello", timeout_s=2.0).result()
+        assert caught.value.code in ("NO_CANDIDATE", "DEADLINE_EXCEEDED")
+        async with grpc.aio.insecure_channel(str(node.client_address)) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for service in ("", "fieldmesh.v1.InferenceService/general"):
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+                assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await node.models.load("general")
+        await site.formed()
+        assert (await client.chat("hello", max_tokens=5).result()).served_by == "only"
 
 
 class Broken(FakeEngine):

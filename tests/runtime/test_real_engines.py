@@ -63,7 +63,7 @@ async def test_several_answers_come_over_a_hop_and_share_their_prompt(client: As
 
 
 async def test_a_prompt_is_computed_once_for_all_its_answers(mesh: Site, client: AsyncClient) -> None:
-    tally = mesh.nodes["code"]._service.local.models.hosted["code"].engine.tally
+    tally = mesh.nodes["code"].models.hosted["code"].tally
     prompt = "Nobody has asked this before: what do the nodes of a mesh say to each other at night? " * 8
     tokens = len((await client.tokenize(prompt, profile="code")).token_ids)
     assert tokens > 200

@@ -195,7 +195,7 @@ class EngineFront(ABC):
 
     def _lose(self, state: EngineState, reason: str) -> None:
         """The loop is gone: everything it worked on ends with EngineLost."""
-        self.last_loss = reason
+        self.last_loss, self.loaded_share = reason, 0.0
         self._watch.set_state(state)
         self._streams.fail_all(lambda: EngineLost(f"{reason}; the generation can be asked for again"))
         for future in self._questions.values():

@@ -11,6 +11,7 @@ profile is loaded at once.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -110,6 +111,8 @@ class Models:
         self._folder = folder
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
+        # What a request sets off belongs to the node: its log lines do not carry that request's id.
+        self._context = contextvars.copy_context()
         self._waiters: dict[str, deque[asyncio.Future[None]]] = {name: deque() for name in self.hosted}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -336,7 +339,7 @@ class Models:
         self._perform(self._loading.plan(self._loop.time()))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = self._loop.create_task(work)
+        task = self._loop.create_task(work, context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
