@@ -18,11 +18,13 @@ from fieldmesh.client.admin import Admin
 from fieldmesh.core.errors import OutcomeUnknown
 from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_members import founded
+from fieldmesh.core.raft_model import Entry, EntryKind, HardState, Members, Stored
+from fieldmesh.core.settings import Change, Command, Kind, encode
 from fieldmesh.runtime.identity import Identity
 from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
 from fieldmesh.runtime.state import StateFolder
 from tests.cli.conftest import Commands
-from tests.runtime.agreed_node import ME, AgreedNode
+from tests.runtime.agreed_node import ME, OTHER, AgreedNode
 
 Loop = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -251,3 +253,34 @@ def test_a_node_without_a_log_has_nothing_to_forget(cli: Commands, tmp_path: Pat
         pass
     assert document(cli, "raft", "forget", "--state-folder", str(tmp_path / "fresh")) == {"moved": None}
     assert cli("raft", "forget", "--state-folder", str(tmp_path / "nowhere")) == 2
+
+
+def test_a_lone_survivor_is_told_what_may_be_lost_before_it_goes_on(
+    cli: Commands, tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Entry(index=1, term=1, kind=EntryKind.MEMBERS, data=Members(voters=(ME, OTHER)).encode())
+    change = Change(key="app/unconfirmed", value="1")
+    command = encode(Command(kind=Kind.WRITE, session=1, sequence=1, changes=(change,)))
+    write = Entry(index=2, term=1, kind=EntryKind.COMMAND, data=command)
+    store = RaftStore.open(tmp_path / "log.sqlite3", ME)
+    store.found(Stored(hard=HardState(term=1, group="half"), entries=(entry, write)))
+    store.close()
+    survivor = AgreedNode(tmp_path, found=False)
+    survivor.others = []
+    with capture_logs():
+        loop(survivor.start())
+        try:
+            monkeypatch.setenv("FIELDMESH_NODE", str(survivor.address))
+            assert cli("raft", "recover") == 0
+            assert f"Voters that are given up: {OTHER}." in cli.out
+            assert "app/unconfirmed" in cli.out
+            assert "--yes" in cli.err
+            assert cli("config", "set", "app/x", "1") == 3
+            survivor.others = [OTHER]
+            assert cli("raft", "recover", "--yes") == 1
+            assert "beta" in cli.err
+            survivor.others = []
+            assert document(cli, "raft", "recover", "--yes")["epoch"] == 1
+            assert cli("config", "set", "app/x", "1") == 0
+        finally:
+            loop(survivor.close())
