@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -72,6 +74,22 @@ def test_what_scripts_read_is_json(cli: Commands) -> None:
     assert (change["key"], change["before"], change["after"]) == ("limits/hops_max", None, 3)
     assert "@" in change["author"]
     assert change["origin"].startswith("alpha from ")
+
+
+def test_a_watch_tells_changes_until_it_is_interrupted(
+    cli: Commands, agreed: AgreedNode, tmp_path: Path
+) -> None:
+    assert cli("config", "set", "app/x", "1") == 0
+    command = [sys.executable, "-m", "fieldmesh", "config", "watch", "--json", "--node", str(agreed.address)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline()) == {"revision": 1, "key": "app/x", "value": 1}
+    assert cli("config", "delete", "app/x") == 0
+    told = json.loads(process.stdout.readline())
+    assert (told["revision"], told["before"], told["after"]) == (2, 1, None)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "")
 
 
 @pytest.mark.usefixtures("agreed")

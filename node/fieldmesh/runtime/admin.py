@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from fieldmesh.core import settings
 from fieldmesh.core.errors import (
@@ -279,6 +279,12 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
         if request.confirm:
             logger.warning("log_recovered", epoch=loss.epoch, given_up=list(loss.given_up))
             await self._council.host.go_on_alone()
+            with suppress(
+                TimeoutError
+            ):  # its only voter elects itself in a moment, and can then be written to
+                async with asyncio.timeout(_timeout_s(context)):
+                    while not self._council.leading:
+                        await self._council.wait_changed()
         return pb.RecoverLogResponse(
             done=request.confirm,
             epoch=loss.epoch,
