@@ -39,9 +39,9 @@ class Recorded:
     def __init__(self, inner: Sampler, model: LlamaModel, rows: list[bytes]) -> None:
         self._inner, self._model, self._rows = inner, model, rows
 
-    def draw(self, row: int, index: int) -> Drawn:
+    def draw(self, row: int, index: int, forced: int | None = None) -> Drawn:
         self._rows.append(self._model.logits(row).tobytes())
-        return self._inner.draw(row, index)
+        return self._inner.draw(row, index, forced)
 
     def close(self) -> None:
         self._inner.close()
