@@ -885,11 +885,13 @@ def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works, stored, cutt
         assert len(truth[f"w{number}"]) == prompt + tokens_max
 
 
-@settings(max_examples=30, deadline=None)
-@given(WORKS)
-def test_nothing_starves_while_interactive_requests_keep_coming(works) -> None:  # type: ignore[no-untyped-def]
-    """Each request of any priority is done within a bounded virtual time of an endless foreground load."""
-    drive = Drive(replace(CONFIG, slots=2, cells_total=512, queue_max=60, ageing_s=0.5))
+@settings(max_examples=60, deadline=None)
+@given(WORKS, st.sampled_from([0, 300]), st.booleans())
+def test_nothing_starves_while_interactive_requests_keep_coming(works, stored, disk_works) -> None:  # type: ignore[no-untyped-def]
+    """Each request of any priority is done within a bounded virtual time of an endless foreground load, with
+    preempted ones saved or computed again."""
+    drive = Drive(replace(CONFIG, slots=2, cells_total=512, queue_max=60, ageing_s=0.5, stored_cells=stored))
+    drive.transfer_steps, drive.disk_works = 3, disk_works
     for number, (prompt, tokens_max, first, priority, tenant, _resume) in enumerate(works):
         drive.submit(
             work(

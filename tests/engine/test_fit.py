@@ -53,6 +53,11 @@ def test_the_cache_takes_what_llama_cpp_says_that_it_takes() -> None:
     assert estimate(header(), both).kv == pytest.approx(95.625 * MIB)
 
 
+def test_an_engine_that_keeps_states_has_room_for_one_on_its_way() -> None:
+    keeping = replace(SETTINGS, state_bytes_max=1 << 40)
+    assert estimate(header(), keeping).total - estimate(header(), SETTINGS).total == 45 * MIB
+
+
 def test_layers_may_differ_in_their_heads() -> None:
     every_other = {"attention.head_count_kv": tuple([3.0, 0.0] * 15)}
     assert estimate(header(**every_other), SETTINGS).kv == 90 * MIB

@@ -54,11 +54,13 @@ def estimate(header: GgufHeader, settings: EngineSettings) -> Fit:
         2 * shape.feed_forward + 3 * shape.embedding,
     )
     logits = settings.slots * shape.vocabulary * 4
+    sequence = int(a_token * context + 4 * shape.state_values)
+    moving = min(sequence, settings.state_bytes_max)  # the buffer through which saved states pass
     return Fit(
         weights=header.weights_bytes,
-        kv=int(a_token * context + 4 * shape.state_values) * settings.slots,
+        kv=sequence * settings.slots,
         compute=settings.step_tokens_max * 4 * widest + 2 * logits,
-        process=PROCESS_BYTES + VOCABULARY_ENTRY_BYTES * shape.vocabulary,
+        process=PROCESS_BYTES + moving + VOCABULARY_ENTRY_BYTES * shape.vocabulary,
     )
 
 
