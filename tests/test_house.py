@@ -36,14 +36,16 @@ FOREIGN = {
     "cryptography": ("runtime/",),
     "prometheus_client": ("runtime/metrics",),
     "structlog": ("runtime/",),
-    "starlette": ("gateway/",),
+    "starlette": ("runtime/http_door", "runtime/http_openai", "runtime/http_ollama"),
+    "uvicorn": ("runtime/http_server", "runtime/http_protocol"),
+    "h11": ("runtime/http_protocol",),
     "typer": ("cli/", "__main__"),
     "rich": ("cli/", "__main__"),
 }
 # What the base install does not bring.
 NODE_ONLY = (
     *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "llguidance", "numpy"),
-    *("prometheus_client", "pycrdt", "structlog"),
+    *("prometheus_client", "pycrdt", "starlette", "structlog", "uvicorn"),
 )
 # What the core must not touch: it performs no I/O, has no clock and draws no randomness of its own.
 CORE_BANNED = frozenset(

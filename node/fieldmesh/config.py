@@ -48,6 +48,8 @@ CLIENT_ADDRESS: Final = Address(host="127.0.0.1", port=CLIENT_PORT)
 PEER_ADDRESS: Final = Address(host="127.0.0.1", port=PEER_PORT)
 METRICS_PORT: Final = 7419
 METRICS_ADDRESS: Final = Address(host="127.0.0.1", port=METRICS_PORT)
+HTTP_PORT: Final = 7480
+HTTP_ADDRESS: Final = Address(host="127.0.0.1", port=HTTP_PORT)
 FILE_BYTES_MAX: Final = 1_000_000
 PROFILES_MAX: Final = 16
 FILE_NAME: Final = "fieldmesh.toml"
@@ -115,6 +117,14 @@ class ListenSlice:
     metrics: Annotated[
         Address | None, Port(METRICS_PORT, least=0), OrOff(), "Listener for Prometheus (/metrics), or off"
     ] = METRICS_ADDRESS
+    http: Annotated[
+        Address | None, Port(HTTP_PORT, least=0), OrOff(), "Listener for HTTP (OpenAI's API), or off"
+    ] = HTTP_ADDRESS
+    http_origins: Annotated[
+        str,
+        Text(4096, "origins as https://host:port with commas between, or *, or nothing"),
+        "Web pages of other origins that may ask over HTTP, with commas between; *: all",
+    ] = ""
     advertise: Annotated[
         str,
         Text(253, "a host name or IP address without port, or nothing to find it out"),
@@ -270,6 +280,7 @@ class NodeConfig:
             ("listen.client", listen.client),
             ("listen.peer", listen.peer),
             ("listen.metrics", listen.metrics),
+            ("listen.http", listen.http),
         ):
             if address is not None and not listen.insecure and not is_loopback(address.host):
                 raise ConfigError(
@@ -282,11 +293,14 @@ class NodeConfig:
                 f"listen.peer is {listen.peer}, the same as listen.client: two ports are needed.",
                 field="listen.peer",
             )
-        if listen.metrics in (listen.client, listen.peer) and listen.metrics.port != 0:
-            raise ConfigError(
-                f"listen.metrics is {listen.metrics}, as another listener: it needs a port of its own.",
-                field="listen.metrics",
-            )
+        taken = [listen.client, listen.peer]
+        for key, address in (("listen.metrics", listen.metrics), ("listen.http", listen.http)):
+            if address in taken and address.port != 0:
+                raise ConfigError(
+                    f"{key} is {address}, as another listener: it needs a port of its own.", field=key
+                )
+            if address is not None:
+                taken.append(address)
         if self.engine.prefill_chunk_tokens > self.engine.batch_tokens:
             raise ConfigError(
                 f"engine.prefill_chunk_tokens is {self.engine.prefill_chunk_tokens}: it may be at most "
@@ -307,6 +321,7 @@ _FLAGS: Final = {
     "listen.client": "--listen",
     "listen.peer": "--peer-listen",
     "listen.metrics": "--metrics-listen",
+    "listen.http": "--http-listen",
     "discovery.seeds": "--seed",
 }
 

@@ -48,7 +48,7 @@ if __name__ == "__main__":
         parser.add_argument(flag, action="store_true")
     for flag in ("--name", "--profile", "--listen", "--peer-listen", "--state-folder", "--threads", "--mesh"):
         parser.add_argument(flag)
-    for flag in ("--drain-timeout-s", "--advertise", "--metrics-listen"):
+    for flag in ("--drain-timeout-s", "--advertise", "--metrics-listen", "--http-listen"):
         parser.add_argument(flag)
     parser.add_argument("--seed", action="append", default=[])
     parsed = parser.parse_args()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fieldmesh.cli import children, up
-from fieldmesh.cli.children import Children, Plan, free_port_pairs, wait_until_together
+from fieldmesh.cli.children import HTTP_OFFSET, Children, Plan, free_port_pairs, wait_until_together
 from fieldmesh.core.errors import AddressInUse, EngineNotReady, Internal
 from fieldmesh.core.model import Address
 from tests.cli.conftest import Commands
@@ -46,6 +46,7 @@ def plans(folder: Path, *names: str) -> list[Plan]:
             profile="general",
             client=Address(host="127.0.0.1", port=client),
             peer=Address(host="127.0.0.1", port=peer),
+            http=Address(host="127.0.0.1", port=client + HTTP_OFFSET),
             state_folder=folder / name,
             log=folder / "log" / f"{name}.log",
         )

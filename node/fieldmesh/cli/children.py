@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 HOST: Final = "127.0.0.1"
 PORT_PAIRS_TRIED_MAX: Final = 500
+HTTP_OFFSET: Final = 60
+"""Between the client port and the HTTP port of a node: 7420 goes with 7480."""
 POLL_INTERVAL_S: Final = 0.1
 STOP_TIMEOUT_S: Final = 8.0
 LOG_TAIL_BYTES_MAX: Final = 4096
@@ -38,6 +40,7 @@ class Plan:
     profile: str
     client: Address
     peer: Address
+    http: Address
     state_folder: Path
     log: Path
 
@@ -59,10 +62,13 @@ class Child:
 
 
 def free_port_pairs(count: int, first: int) -> list[tuple[int, int]]:
-    """``count`` pairs (client, peer) of free loopback ports, from ``first`` on. Raises AddressInUse."""
+    """``count`` pairs (client, peer) of free loopback ports, from ``first`` on, whose HTTP port is free too.
+
+    Raises AddressInUse.
+    """
     found: list[tuple[int, int]] = []
-    for port in range(first, min(first + 2 * PORT_PAIRS_TRIED_MAX, 65_535), 2):
-        if _is_free(port) and _is_free(port + 1):
+    for port in range(first, min(first + 2 * PORT_PAIRS_TRIED_MAX, 65_535 - HTTP_OFFSET), 2):
+        if all(_is_free(wanted) for wanted in (port, port + 1, port + HTTP_OFFSET)):
             found.append((port, port + 1))
             if len(found) == count:
                 return found
@@ -109,6 +115,7 @@ class Children:
         seeds = [str(other.peer) for other in self.plans if other is not plan]
         command = [*self.command, "--end-with-stdin", "--name", plan.name, "--profile", plan.profile]
         command += ["--listen", str(plan.client), "--peer-listen", str(plan.peer)]
+        command += ["--http-listen", str(plan.http)]
         command += ["--state-folder", str(plan.state_folder), "--no-mdns"]
         command += ["--found"] if plan is self.plans[0] else ["--metrics-listen", "off"]
         command += [part for seed in seeds for part in ("--seed", seed)]

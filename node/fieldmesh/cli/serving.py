@@ -16,7 +16,7 @@ from fieldmesh.core.errors import ConfigError
 
 _NODE_PACKAGES: Final = (
     *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp"),
-    *("prometheus_client", "pycrdt", "structlog"),
+    *("prometheus_client", "pycrdt", "starlette", "structlog", "uvicorn"),
 )
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")]
@@ -38,6 +38,14 @@ def serve(
     metrics_listen: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Listener for Prometheus, or off. [default: 127.0.0.1:7419]"),
+    ] = None,
+    http_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Listener for HTTP, or off. [default: 127.0.0.1:7480]"),
+    ] = None,
+    http_origins: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINS", help="Web pages that may ask over HTTP. [default: none]"),
     ] = None,
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST", help="Host that others should use. [default: found out]")
@@ -85,6 +93,8 @@ def serve(
         "listen.client": listen,
         "listen.peer": peer_listen,
         "listen.metrics": metrics_listen,
+        "listen.http": http_listen,
+        "listen.http_origins": http_origins,
         "listen.advertise": advertise,
         "listen.insecure": insecure,
         "discovery.seeds": seed or None,

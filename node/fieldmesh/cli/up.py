@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROFILES: Final = ("general", "code", "health")
 SERVE: Final = (sys.executable, "-m", "fieldmesh", "serve")
-NODES_MAX: Final = 32
+NODES_MAX: Final = 30
 SAMPLE_QUESTION: Final = "Write a function that adds two numbers"
 FIRST_PORT: Final = 7420
 WATCH_INTERVAL_S: Final = 0.2
@@ -110,7 +110,7 @@ def _plans(
     """One plan a node. A mesh on other ports of this box has another name, and so its own state."""
     import platformdirs
 
-    from fieldmesh.cli.children import HOST, Plan, free_port_pairs
+    from fieldmesh.cli.children import HOST, HTTP_OFFSET, Plan, free_port_pairs
 
     pairs = free_port_pairs(len(chosen), first_port)
     label = mesh if pairs[0][0] == FIRST_PORT else f"{mesh}-{pairs[0][0]}"
@@ -125,6 +125,7 @@ def _plans(
             profile=str(Path(which).resolve()) if which.endswith(".toml") or os.sep in which else which,
             client=Address(host=HOST, port=client),
             peer=Address(host=HOST, port=peer),
+            http=Address(host=HOST, port=client + HTTP_OFFSET),
             state_folder=base / label / name,
             log=platformdirs.user_log_path("fieldmesh") / label / f"{name}.log",
         )
@@ -155,12 +156,20 @@ def _progress(child: Child, nodes: int) -> str:
 
 
 def _show(running: list[Child], found: list[Profile]) -> None:
-    shown = terminal.table("node", "profile", "domains", "clients", "nodes", "process", "log")
+    shown = terminal.table("node", "profile", "domains", "clients", "nodes", "HTTP", "process", "log")
     for child, profile in zip(running, found, strict=True):
         plan = child.plan
         domains = ", ".join(domain.name for domain in profile.domains) or "– (generalist)"
         terminal.add_row(
-            shown, plan.name, profile.name, domains, plan.client, plan.peer, child.process.pid, plan.log
+            shown,
+            plan.name,
+            profile.name,
+            domains,
+            plan.client,
+            plan.peer,
+            plan.http,
+            child.process.pid,
+            plan.log,
         )
     terminal.console(stderr=True).print(shown)
 

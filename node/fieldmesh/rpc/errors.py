@@ -1,13 +1,13 @@
 """Errors on the wire: google.rpc.Status with ErrorInfo, RetryInfo and BadRequest, and back.
 
-Owns: the mapping between FieldmeshError and gRPC's rich error model (AIP-193). Must not: import grpc;
-the shells put the bytes made here into the trailing metadata ``grpc-status-details-bin``.
+Owns: the mapping between FieldmeshError and gRPC's rich error model (AIP-193), and to HTTP's statuses. Must
+not: import grpc; the shells put the bytes made here into the trailing metadata ``grpc-status-details-bin``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
@@ -23,6 +23,23 @@ MESSAGE_CHARS_MAX = 1000
 METADATA_VALUE_CHARS_MAX = 500
 
 _KINDS = errors.by_code()
+
+HTTP_STATUSES: Final = {
+    Status.CANCELLED: 499,  # no standard has one; this is what proxies log
+    Status.UNKNOWN: 500,
+    Status.INVALID_ARGUMENT: 400,
+    Status.DEADLINE_EXCEEDED: 504,
+    Status.NOT_FOUND: 404,
+    Status.ALREADY_EXISTS: 409,
+    Status.PERMISSION_DENIED: 403,
+    Status.RESOURCE_EXHAUSTED: 429,
+    Status.FAILED_PRECONDITION: 409,
+    Status.ABORTED: 409,
+    Status.OUT_OF_RANGE: 400,
+    Status.INTERNAL: 500,
+    Status.UNAVAILABLE: 503,
+}
+"""The HTTP status of an error, by the gRPC status that it travels as between nodes."""
 
 
 def clipped(text: str, chars_max: int = MESSAGE_CHARS_MAX) -> str:

@@ -96,6 +96,8 @@ class Generation:
         self.hops_left = hops_left
         self.outcome: Result | FieldmeshError | None = None
         self.ended_at = 0.0
+        self.candidate: Candidate | None = None
+        self.attempts = 0
         self._need = need_of(ask, path=path, hops_left=hops_left)
         self._router = router
         self._on_result = on_result
@@ -197,6 +199,8 @@ class Generation:
         for effect in effects:
             match effect:
                 case Start():
+                    self.candidate = effect.candidate
+                    self.attempts += 1
                     self._router.begin(self.generation_id, effect.candidate, self._need)
                     self._attempt = asyncio.create_task(self._follow(effect), context=self._context)
                     self._log_start(effect.candidate, effect.epoch)

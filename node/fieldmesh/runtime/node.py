@@ -50,7 +50,7 @@ from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.runtime import addresses, inference, log, scrapes
+from fieldmesh.runtime import addresses, http_server, inference, log, scrapes
 from fieldmesh.runtime.admin import ADMIN
 from fieldmesh.runtime.agreement import Agreement
 from fieldmesh.runtime.council import Council
@@ -60,6 +60,7 @@ from fieldmesh.runtime.driver import Driver
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import GenerationConfig
 from fieldmesh.runtime.health import Health
+from fieldmesh.runtime.http_server import ASGIApplication
 from fieldmesh.runtime.identity import EnvelopeSealer
 from fieldmesh.runtime.identity import Identity as Key
 from fieldmesh.runtime.keeper import MODELS, Keeper
@@ -125,6 +126,7 @@ class Node:
         self.client_address = config.listen.client
         self.peer_address = config.listen.peer
         self.metrics_address: Address | None = None
+        self.http_address: Address | None = None
         self._calls = no_calls()
         self._rng = Random(SystemRandom().getrandbits(64))
         self._draining = False
@@ -179,6 +181,9 @@ class Node:
         self.metrics_address = await stack.enter_async_context(
             scrapes.listening(config.listen.metrics, self._metrics().page)
         )
+        self.http_address = await stack.enter_async_context(
+            http_server.listening(config.listen.http, self._http)
+        )
         await stack.enter_async_context(self._background())
         logger.info(
             "node_started",
@@ -189,6 +194,7 @@ class Node:
             client=str(self.client_address),
             peer=str(self.peer_address),
             metrics=str(self.metrics_address or "off"),
+            http=str(self.http_address or "off"),
         )
 
     @property
@@ -313,6 +319,19 @@ class Node:
                 peer_bytes=self._driver.links.bytes,
             )
         )
+
+    def _http(self) -> ASGIApplication:
+        from fieldmesh.runtime.http_door import application
+        from fieldmesh.runtime.http_openai import OpenAi
+
+        api = OpenAi(
+            self._service,
+            self._limits,
+            calls=self._calls,
+            body_bytes_max=self.config.limits.message_bytes_max,
+        )
+        origins = self.config.listen.http_origins.replace(",", " ").split()
+        return application(api.routes(), origins)
 
     # --- news between parts ------------------------------------------------------------------
 

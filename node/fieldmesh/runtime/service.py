@@ -15,7 +15,7 @@ from random import Random
 
 from fieldmesh.core.dispatch import MOVES_ON, DispatchConfig, Entry, Phase, Start, ViewMoved
 from fieldmesh.core.effective import Rules
-from fieldmesh.core.errors import Cancelled, Draining, FieldmeshError, TooManyStreams
+from fieldmesh.core.errors import Cancelled, Draining, FieldmeshError, Internal, TooManyStreams
 from fieldmesh.core.model import (
     Ask,
     Chunk,
@@ -111,6 +111,18 @@ class Service:
     def running(self) -> int:
         """Requests under way that entered here."""
         return len(self._generations.running())
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new requests."""
+        return self._draining
+
+    def candidate(self, request_id: RequestId) -> tuple[Candidate, int]:
+        """Who works on a request that has begun to be answered here, and at which attempt, from 1."""
+        found = self._generations.get(request_id)
+        if found is None or found.candidate is None:
+            raise Internal(f"request {request_id} was never with anybody")
+        return found.candidate, found.attempts
 
     async def ask(
         self,

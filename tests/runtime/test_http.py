@@ -1,0 +1,219 @@
+"""The HTTP listener. Goal: whatever arrives, the node answers in the API's words or cuts the connection.
+
+Method: raw bytes to one node with a fake engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from fieldmesh.config import LimitsSlice, ListenSlice, NodeConfig
+from fieldmesh.core.errors import ConfigError, Status
+from fieldmesh.core.model import Address
+from fieldmesh.rpc.errors import HTTP_STATUSES
+from fieldmesh.runtime import http_door, http_server
+from fieldmesh.runtime.node import Node
+from tests.runtime.test_node import ANY, Site, idle, new_site, tiny
+
+__all__ = ["tiny"]
+
+FRIEND = "https://friend.example"
+ASK = b'{"model":"general","messages":[{"role":"user","content":"hello"}],"max_tokens":2000,"ignore_eos":true'
+
+
+@pytest.fixture
+async def site(tmp_path: Path, tiny: Path) -> AsyncIterator[Site]:
+    async with new_site(tmp_path, tiny) as made:
+        await made.start(
+            "general",
+            listen=ListenSlice(client=ANY, peer=ANY, metrics=None, http=ANY, http_origins=FRIEND),
+            limits=LimitsSlice(message_bytes_max=65_536, prompt_bytes_max=65_536),
+        )
+        await made.formed()
+        yield made
+
+
+@pytest.fixture
+def node(site: Site) -> Node:
+    return site.nodes["general"]
+
+
+async def opened(node: Node) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    assert node.http_address is not None
+    return await asyncio.open_connection(node.http_address.host, node.http_address.port)
+
+
+async def said(node: Node, data: bytes) -> bytes:
+    """Everything that is answered until the connection is closed."""
+    reader, writer = await opened(node)
+    writer.write(data)
+    try:
+        async with asyncio.timeout(20):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def request(line: str, body: bytes = b"", *headers: str) -> bytes:
+    lines = [line + " HTTP/1.1", "Host: here", "Connection: close", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def error(answer: bytes) -> dict[str, str]:
+    found: dict[str, str] = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    return found
+
+
+def header(answer: bytes, name: str) -> list[str]:
+    lines = answer.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return [line.partition(": ")[2] for line in lines if line.lower().startswith(name + ":")]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "code"),
+    [
+        (request("GET /nowhere"), 404, "not_found"),
+        (request("GET /v1/chat/completions"), 405, "method_not_allowed"),
+        (request("DELETE /v1/models"), 405, "method_not_allowed"),
+        (request("POST /v1/chat/completions"), 400, "invalid_request"),
+        (request("POST /v1/chat/completions", b"{"), 400, "invalid_request"),
+        (request("POST /v1/chat/completions", b"[" * 60_000), 400, "invalid_request"),
+        (request("POST /v1/chat/completions", b'{"model":"\xff"}'), 400, "invalid_request"),
+        (request("POST /v1/chat/completions", b'{"model":"\\ud800"}'), 400, "invalid_request"),
+        (request("POST /v1/chat/completions", b'{"messages":[]}'), 400, "invalid_request"),
+        (request("POST /v1/completions", b'{"prompt":[1,"a"],"model":"general"}'), 400, "invalid_request"),
+        (request("POST /v1/completions", b'{"prompt":[[-1]],"model":"general"}'), 400, "invalid_request"),
+        (request("POST /v1/completions", b'{"prompt":[5]}'), 400, "invalid_request"),
+        (request("POST /v1/completions", b'{"prompt":["a","b"]}'), 400, "unsupported_parameter"),
+        (request("POST /v1/completions", b'{"prompt":"x","echo":true}'), 400, "unsupported_parameter"),
+        (request("POST /v1/chat/completions", b"x" * 70_000), 413, "body_too_large"),
+        (request("GET /health", b"", "Origin: https://evil.example"), 403, "origin_not_allowed"),
+        (request("GET /health", b"", "Origin: null"), 403, "origin_not_allowed"),
+    ],
+)
+async def test_nonsense_is_refused_in_the_apis_words(
+    node: Node, data: bytes, expected: int, code: str
+) -> None:
+    answer = await said(node, data)
+    assert (status(answer), error(answer)["code"]) == (expected, code)
+    assert header(answer, "x-request-id")
+    assert status(await said(node, request("GET /health"))) == 200
+
+
+async def test_a_body_in_parts_is_bounded_too(node: Node) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = await said(node, head + b"8000\r\n" + b"x" * 0x8000 + b"\r\n" + b"9000\r\n" + b"x" * 0x9000)
+    assert (status(answer), error(answer)["code"]) == (413, "body_too_large")
+    assert status(await said(node, head + b"zz\r\n")) == 400
+
+
+async def test_pages_of_its_own_and_of_friends_may_ask(node: Node) -> None:
+    own = await said(node, request("GET /health", b"", "Origin: http://here"))
+    friend = await said(node, request("GET /health", b"", f"Origin: {FRIEND}"))
+    assert (status(own), header(own, "access-control-allow-origin")) == (200, [])
+    assert (status(friend), header(friend, "access-control-allow-origin")) == (200, [FRIEND])
+    asked = f"Origin: {FRIEND}", "Access-Control-Request-Method: POST"
+    preflight = await said(node, request("OPTIONS /v1/chat/completions", b"", *asked))
+    assert (status(preflight), header(preflight, "access-control-allow-origin")) == (200, [FRIEND])
+
+
+async def test_a_head_request_has_no_body(node: Node) -> None:
+    answer = await said(node, request("HEAD /v1/models"))
+    assert (status(answer), answer.partition(b"\r\n\r\n")[2]) == (200, b"")
+
+
+async def test_a_head_that_is_too_large_or_no_http_is_refused(node: Node) -> None:
+    huge = await said(node, b"GET /" + b"x" * 2 * http_server.HEAD_BYTES_MAX)
+    assert status(huge) == 400
+    assert status(await said(node, b"\x16\x03\x01 nonsense\r\n\r\n")) == 400
+
+
+async def test_a_head_that_never_ends_is_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
+    assert await said(node, b"GET /health HTTP/1.1\r\nX-Slow: ") == b""
+
+
+async def test_a_silent_connection_is_closed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "IDLE_TIMEOUT_S", 0.05)
+    assert await said(node, b"") == b""
+
+
+async def test_a_body_that_never_ends_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_door, "BODY_TIMEOUT_S", 0.05)
+    answer = await said(node, b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n{")
+    assert (status(answer), error(answer)["code"]) == (408, "body_too_slow")
+
+
+async def test_a_reader_that_stops_is_cut_and_its_engine_freed(
+    site: Site, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "WRITE_TIMEOUT_S", 0.05)
+    line = request("POST /v1/chat/completions", ASK + b',"stream":true,"logprobs":true,"top_logprobs":20}')
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    narrow.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(narrow, _address(node))
+    reader, writer = await asyncio.open_connection(sock=narrow, limit=1024)
+    writer.write(line)
+    begun = await reader.readexactly(100)
+    assert begun.startswith(b"HTTP/1.1 200")
+    await idle(site)
+    async with asyncio.timeout(20):
+        rest = await reader.read()
+    writer.close()
+    assert b"[DONE]" not in rest
+
+
+def _address(node: Node) -> tuple[str, int]:
+    assert node.http_address is not None
+    return node.http_address.host, node.http_address.port
+
+
+async def test_a_defect_is_answered_in_words_and_the_node_lives(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("seeded")
+
+    monkeypatch.setattr(node._service, "ask", broken)
+    answer = await said(node, request("POST /v1/chat/completions", ASK + b"}"))
+    assert (status(answer), error(answer)["code"]) == (500, "internal")
+    assert b"seeded" not in answer
+
+
+async def test_a_node_that_leaves_fails_its_health(node: Node) -> None:
+    node._service.drain()
+    answer = await said(node, request("GET /health"))
+    assert (status(answer), error(answer)["code"]) == (503, "draining")
+
+
+async def test_nothing_listens_where_http_is_off(tmp_path: Path, tiny: Path) -> None:
+    async with new_site(tmp_path, tiny) as made:
+        off = await made.start("off", listen=ListenSlice(client=ANY, peer=ANY, metrics=None, http=None))
+        assert off.http_address is None
+
+
+def test_http_beyond_loopback_needs_the_words_for_it() -> None:
+    wide = Address(host="0.0.0.0", port=7480)
+    with pytest.raises(ConfigError) as caught:
+        NodeConfig(listen=ListenSlice(http=wide)).validate()
+    assert caught.value.field == "listen.http"
+    NodeConfig(listen=ListenSlice(http=wide, insecure=True)).validate()
+    with pytest.raises(ConfigError, match=r"listen\.http is 127\.0\.0\.1:7419, as another listener"):
+        NodeConfig(listen=ListenSlice(http=Address(host="127.0.0.1", port=7419))).validate()
+
+
+def test_every_status_of_ours_has_one_of_http() -> None:
+    assert set(HTTP_STATUSES) == set(Status)
