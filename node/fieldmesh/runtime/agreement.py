@@ -86,6 +86,10 @@ class Agreement:
             group.create_task(self._hear_seats(), name="seats")
             group.create_task(self._electorate.run(), name="voters")
 
+    async def leave(self) -> None:
+        """Hand over the leader's office, if this node has it and another voter is there."""
+        await self._electorate.hand_over()
+
     async def _tell_seat(self) -> None:
         """Tell the mesh which log this node belongs to; while its own rests, it is no candidate for one."""
         told: Seat | None = None

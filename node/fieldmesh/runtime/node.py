@@ -214,6 +214,7 @@ class Node:
         self._service.drain()
         self._models_changed()
         await self._health.update(self.view, draining=True)
+        await self._agreement.leave()
         over = asyncio.get_running_loop().time() + timeout_s
         while self._busy and not now.is_set() and asyncio.get_running_loop().time() < over:
             with suppress(TimeoutError):
