@@ -84,7 +84,7 @@ class CouncilConfig:
     configured. Guesses for a LAN; a heartbeat costs its leader some 0.5 ms of CPU a member, so their number
     decides what idling costs."""
 
-    raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.25, election_timeout_s=0.8))
+    raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.25, election_timeout_s=0.75))
     timeout_s: float = 5.0
     leader_patience_s: float = 3.0
     retry_pause_s: float = 0.03
