@@ -143,7 +143,7 @@ class Watched(Consensus):
         self.oracle = oracle
 
     def _apply(self, effect: Apply) -> list[Any]:
-        self.oracle.applied(self.label, effect.entries)
+        self.oracle.applied(self.label, self.raft.term, effect.entries)
         return super()._apply(effect)
 
     def _restore(self, effect: Restore) -> list[Any]:

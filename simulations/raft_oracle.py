@@ -22,6 +22,8 @@ class Oracle:
         self.entries: dict[tuple[int, int], tuple[EntryKind, bytes]] = {}
         self.before: dict[tuple[int, int], int] = {}
         self.committed: dict[int, Entry] = {}
+        self.committed_in: dict[int, int] = {}
+        """The term of whoever was first to know that an entry is committed."""
         self.states: dict[int, settings.State] = {0: settings.State()}
         self.last_committed = 0
         self.sent_term: dict[str, int] = {}
@@ -36,9 +38,14 @@ class Oracle:
         assert known == label, f"election safety: {known} and {label} lead term {raft.term}"
 
     def elected(self, label: str, raft: Raft) -> None:
-        """Leader completeness: a new leader holds every entry committed so far."""
+        """Leader completeness: a new leader holds every entry that was committed in an earlier term.
+
+        One of an older term, whose votes came late, need not know what was committed since: it can commit
+        nothing."""
         self.counts["elections"] += 1
         for index in range(raft.log.first_index, self.last_committed + 1):
+            if self.committed_in[index] >= raft.term:
+                continue
             term = raft.log.term_at(index)
             assert term == self.committed[index].term, (
                 f"leader completeness: {label} leads term {raft.term} without the committed entry {index} of "
@@ -61,10 +68,11 @@ class Oracle:
                 )
             previous = entry.term
 
-    def applied(self, label: str, entries: tuple[Entry, ...]) -> None:
-        """State-machine safety: nobody applies another entry at the same index."""
+    def applied(self, label: str, term: int, entries: tuple[Entry, ...]) -> None:
+        """State-machine safety: nobody applies another entry at the same index. ``term``: the applier's."""
         for entry in entries:
             known = self.committed.setdefault(entry.index, entry)
+            self.committed_in.setdefault(entry.index, term)
             assert known == entry, (
                 f"state-machine safety: {label} applies term {entry.term} at {entry.index}, "
                 f"others applied term {known.term}"
