@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
-from fieldmesh.core.model import Message, Prompt, Sampling
+from fieldmesh.core.model import Adapter, Message, Prompt, Sampling
 from fieldmesh.engine.frames import Submit
 from fieldmesh.engine.llama import LlamaModel, Sampler
 from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
 from fieldmesh.engine.port import Job
 from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import builtin_model
+from tests.engine.tiny_model import write_tiny_adapter
 
 QUESTIONS = (
     "How do I reverse a list in Python?",
@@ -89,14 +91,18 @@ class Bench:
         return bool(plan.slices)
 
 
-@pytest.fixture(params=[True, False], ids=["reused", "computed"])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+@pytest.fixture(params=["reused", "computed", "adapted"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    adapter = write_tiny_adapter(
+        tmp_path / "adapter.gguf", rank=8, inputs=1536, outputs=576, weight="blk.20.ffn_down.weight"
+    )
     settings = EngineSettings(
         model_path=str(builtin_model()),
         slots=4,
         context_tokens=512,
         system_prompt=SYSTEM_PROMPT,
-        reuse_prefixes=request.param,
+        reuse_prefixes=request.param != "computed",
+        adapters=(Adapter(path=str(adapter), scale=0.1),) if request.param == "adapted" else (),
     )
     made = Bench(settings)
     yield made

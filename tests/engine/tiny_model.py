@@ -145,16 +145,17 @@ def write_tiny_adapter(
     architecture: str = "llama",
     kind: str = "lora",
     inputs: int = EMBEDDING,
+    outputs: int = EMBEDDING,
     weight: str = "blk.1.attn_output.weight",
     up_rank: int | None = None,
 ) -> Path:
-    """Write a random LoRA adapter that corrects one weight of the tiny model."""
+    """Write a random LoRA adapter that corrects one weight, by default one of the tiny model."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", kind)
     writer.add_float32("adapter.lora.alpha", float(rank))
-    shapes = {"lora_a": (rank, inputs), "lora_b": (EMBEDDING, up_rank or rank)}
+    shapes = {"lora_a": (rank, inputs), "lora_b": (outputs, up_rank or rank)}
     for name, shape in shapes.items():
         writer.add_tensor(f"{weight}.{name}", random.normal(0, 0.5, shape).astype(np.float16))
     writer.write_header_to_file()
