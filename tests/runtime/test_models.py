@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -24,12 +25,14 @@ from fieldmesh.core.errors import (
     ProfileNotFound,
     StreamLost,
 )
-from fieldmesh.core.model import EngineState
+from fieldmesh.core.model import Adapter, EngineState
 from fieldmesh.engine.fake import FakeEngine
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.port import EngineInfo
+from fieldmesh.profiles import Profile
 from fieldmesh.runtime.models import Models
-from fieldmesh.runtime.node import Node, running
+from fieldmesh.runtime.node import Node, hosted_profile, running
+from tests.engine.tiny_model import write_tiny_adapter
 from tests.runtime.test_node import FAST, Site, new_site, tiny, until
 
 __all__ = ["tiny"]
@@ -253,3 +256,33 @@ async def test_the_memory_of_a_model_that_goes_is_really_back(site: Site) -> Non
         assert (after["general"].state, after["general"].resident_bytes) == ("cold", 0)
         assert (after["code"].state, after["code"].loaded_share) == ("ready", 1.0)
         assert after["code"].resident_bytes > 0
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def with_adapter(tiny: Path, adapter: Path) -> Profile:
+    return Profile(
+        name="vet", model=str(tiny), context_tokens=256, slots=2, adapters=(Adapter(path=str(adapter)),)
+    )
+
+
+def test_a_profile_brings_its_adapter_to_its_own_model_alone(site: Site, tiny: Path, tmp_path: Path) -> None:
+    profile = with_adapter(tiny, write_tiny_adapter(tmp_path / "vet.gguf"))
+    config = site.config("a")
+    own = hosted_profile(replace(config, node=replace(config.node, model="")), profile)
+    assert own.settings.adapters == profile.adapters
+    other = tmp_path / "other.gguf"
+    other.write_bytes(tiny.read_bytes())
+    named = hosted_profile(replace(config, node=replace(config.node, model=str(other))), profile)
+    assert named.settings.adapters == ()
+    assert named.size_bytes < own.size_bytes
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_node_starts(
+    site: Site, tiny: Path, tmp_path: Path
+) -> None:
+    profile = with_adapter(tiny, write_tiny_adapter(tmp_path / "vet.gguf", architecture="qwen2"))
+    config = site.config("a")
+    with pytest.raises(ModelFileInvalid, match="architecture qwen2, not llama"):
+        hosted_profile(replace(config, node=replace(config.node, model="")), profile)

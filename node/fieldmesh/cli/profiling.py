@@ -41,9 +41,8 @@ def list_(as_json: Json = False) -> None:
         else:
             profile = entry.profile
             domains = ", ".join(domain.name for domain in profile.domains) or "– (generalist)"
-            terminal.add_row(
-                shown, profile.name, domains, profile.model, profile.tier, profile.description, where
-            )
+            model = " + ".join([profile.model, *(adapter.path for adapter in profile.adapters)])
+            terminal.add_row(shown, profile.name, domains, model, profile.tier, profile.description, where)
     terminal.console().print(shown)
 
 
