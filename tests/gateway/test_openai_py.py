@@ -125,6 +125,28 @@ async def test_profiles_models_and_auto_can_be_named(client: AsyncOpenAI) -> Non
         await client.models.retrieve("gpt-4")
 
 
+@pytest.mark.parametrize("encoding", [{}, {"encoding_format": "float"}])
+async def test_vectors_are_the_same_packed_and_as_numbers(
+    doors: Site, client: AsyncOpenAI, encoding: dict[str, str]
+) -> None:
+    texts = ["hello", "there"]
+    made = await client.embeddings.create(model="code", input=texts, **encoding)
+    async with doors.client("general") as ours:
+        same = await ours.embed(texts, profile="code")
+    assert [tuple(entry.embedding) for entry in made.data] == list(same.vectors)
+    assert made.usage.prompt_tokens == same.prompt_tokens
+    assert (await client.embeddings.create(model="code", input="hello")).data[0] == made.data[0]
+
+
+async def test_what_cannot_be_embedded_is_refused(client: AsyncOpenAI) -> None:
+    told = []
+    for options in ({"input": [1, 2]}, {"input": [""]}, {"dimensions": 3}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.embeddings.create(**{"model": "code", "input": "x", **options})
+        told.append(caught.value.param)
+    assert told == ["input", "inputs[0]", "dimensions"]
+
+
 async def test_what_nobody_offers_is_not_found(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         await client.chat.completions.create(model="gpt-4", messages=said("hello"))
@@ -132,48 +154,49 @@ async def test_what_nobody_offers_is_not_found(client: AsyncOpenAI) -> None:
     assert "tiny" in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("options", "param"),
-    [
-        ({"temperature": 9}, "temperature"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_completion_tokens": 2**40}, "max_tokens"),
-        ({"n": 17}, "n"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"9999999999": 1}}, "logit_bias"),
-        ({"stop": ["x" * 300]}, "stop[0]"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
-        ({"seed": "seven"}, "seed"),
-    ],
-)
-async def test_what_cannot_be_done_is_refused_by_the_parameter(
-    client: AsyncOpenAI, options: dict[str, object], param: str
-) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="code", messages=said("x"), extra_body=options)
-    assert caught.value.param == param
-    assert "sampling_params" not in caught.value.message
+REFUSED = [
+    ({"temperature": 9}, "temperature"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 2**40}, "max_tokens"),
+    ({"n": 17}, "n"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"9999999999": 1}}, "logit_bias"),
+    ({"stop": ["x" * 300]}, "stop[0]"),
+    ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"seed": "seven"}, "seed"),
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "param"),
-    [
-        ([{"type": "image_url", "image_url": {"url": "data:"}}], "messages[0].content[0].type"),
-        ("", "messages[0].content"),
-        (7, "messages[0].content"),
-    ],
-)
-async def test_content_that_cannot_be_read_is_refused(
-    client: AsyncOpenAI, content: object, param: str
-) -> None:
-    messages = [{"role": "user", "content": content}]
-    with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="code", messages=messages)
-    assert caught.value.param == param
+async def test_what_cannot_be_done_is_refused_by_the_parameter(client: AsyncOpenAI) -> None:
+    told = []
+    for options, _ in REFUSED:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(model="code", messages=said("x"), extra_body=options)
+        told.append(caught.value.param)
+        assert "sampling_params" not in caught.value.message
+    assert told == [param for _, param in REFUSED]
+
+
+UNREADABLE = [
+    ([{"type": "image_url", "image_url": {"url": "data:"}}], "messages[0].content[0].type"),
+    ("", "messages[0].content"),
+    (7, "messages[0].content"),
+]
+
+
+async def test_content_that_cannot_be_read_is_refused(client: AsyncOpenAI) -> None:
+    told = []
+    for content, _ in UNREADABLE:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(
+                model="code", messages=[{"role": "user", "content": content}]
+            )
+        told.append(caught.value.param)
+    assert told == [param for _, param in UNREADABLE]
 
 
 async def test_a_prompt_over_the_context_has_openais_own_code(client: AsyncOpenAI) -> None:

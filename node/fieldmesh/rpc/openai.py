@@ -94,6 +94,12 @@ class Completion(msgspec.Struct):
     stop_token_ids: list[int] | None = None
 
 
+class TemplateSwitches(msgspec.Struct):
+    """``chat_template_kwargs``, as vLLM and llama.cpp have it."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatCompletion(Completion):
     """Body of ``/v1/chat/completions``."""
 
@@ -105,6 +111,8 @@ class ChatCompletion(Completion):
     tool_choice: Any = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
 
 
 PromptPart = str | int | list[int]
@@ -119,6 +127,23 @@ class TextCompletion(Completion):
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
+
+
+class EmbeddingsBody(msgspec.Struct):
+    """Body of ``/v1/embeddings``."""
+
+    model: str = AUTO
+    input: str | list[PromptPart] | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedWanted:
+    """A request for vectors, its texts unchecked, and whether they are to be packed."""
+
+    request: pb.EmbedRequest
+    base64: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +206,11 @@ def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
     request = pb.ChatRequest(
         request_id=request_id, target=wire.target_to_proto(resolve(body.model)), messages=messages
     )
+    thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
+    if thinking is None and body.reasoning_effort == "none":
+        thinking = False
+    if thinking is not None:
+        request.enable_thinking = thinking
     fill_params(request.sampling_params, _overrides(body, tokens, logprobs))
     return _wanted(wire.ask_from_chat(request, limits), body)
 
@@ -202,6 +232,24 @@ def text_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
         request.token_ids.ids.extend(_token_id(token, "prompt") for token in prompt)
     fill_params(request.sampling_params, _overrides(body, body.max_tokens, body.logprobs))
     return _wanted(wire.ask_from_generate(request, limits), body)
+
+
+def embed_wanted(data: bytes, resolve: Resolve) -> EmbedWanted:
+    """What the body of ``/v1/embeddings`` asks for. Raises InvalidRequest."""
+    body = parsed(data, EmbeddingsBody)
+    if body.encoding_format not in (None, "float", "base64"):
+        raise InvalidRequest(
+            f"encoding_format is {body.encoding_format[:40]!r}; accepted are float, base64",
+            field="encoding_format",
+        )
+    if body.dimensions is not None:
+        raise Unsupported("dimensions: a vector has as many as its model", field="dimensions")
+    inputs = [body.input] if isinstance(body.input, str) else body.input or []
+    texts = [entry for entry in inputs if isinstance(entry, str)]
+    if len(texts) < len(inputs):
+        raise Unsupported("input holds token ids; send texts", field="input")
+    request = pb.EmbedRequest(target=wire.target_to_proto(resolve(body.model)), inputs=texts)
+    return EmbedWanted(request=request, base64=body.encoding_format == "base64")
 
 
 def _wanted(ask: Ask, body: Completion) -> Wanted:

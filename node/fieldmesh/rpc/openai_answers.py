@@ -6,14 +6,16 @@ shapes that clients read. Must not: perform I/O, or know HTTP beyond the bytes o
 
 from __future__ import annotations
 
+import struct
+from base64 import b64encode
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from fieldmesh.core.errors import FieldmeshError, Status
-from fieldmesh.core.model import Chunk, Completion, Logprobs, Result, TokenLogprob
+from fieldmesh.core.model import Chunk, Completion, Embeddings, Logprobs, Result, TokenLogprob
 from fieldmesh.rpc.errors import METADATA_VALUE_CHARS_MAX, clipped
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -72,6 +74,7 @@ def usage_of(result: Result) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
@@ -82,17 +85,34 @@ def finish_reasons(completion: Completion) -> dict[int, str]:
     return {choice.index: choice.finish_reason.value for choice in completion.choices}
 
 
+def embeddings_document(made: Embeddings, model: str, *, base64: bool) -> bytes:
+    """Vectors as numbers, or as the base64 of little-endian 32-bit floats."""
+    entries = [
+        {"object": "embedding", "index": index, "embedding": _packed(vector) if base64 else vector}
+        for index, vector in enumerate(made.vectors)
+    ]
+    usage = {"prompt_tokens": made.prompt_tokens, "total_tokens": made.prompt_tokens}
+    return encode({"object": "list", "data": entries, "model": model, "usage": usage})
+
+
+def _packed(vector: Sequence[float]) -> str:
+    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
 class Answer:
     """One answer in one of the API's two dialects, as a stream of events or as one document.
 
     ``model`` is the name of the model that answers, ``created`` a Unix time in seconds.
     """
 
+    content_type = "text/event-stream; charset=utf-8"
+
     def __init__(self, *, chat: bool, answer_id: str, model: str, created: int, include_usage: bool) -> None:
         self._chat = chat
         self._about = {"id": answer_id, "created": created, "model": model}
         self._include_usage = include_usage
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
+        self._reasoning: defaultdict[int, list[str]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[Logprobs]] = defaultdict(list)
         self._offsets: defaultdict[int, int] = defaultdict(int)
         self._begun: set[int] = set()
@@ -113,7 +133,7 @@ class Answer:
     def event(self, chunk: Chunk) -> bytes:
         """The event of one chunk; nothing where it tells nothing yet."""
         first = chunk.index not in self._begun
-        if not (chunk.text or chunk.logprobs or first):
+        if not (chunk.text or chunk.logprobs or chunk.reasoning or first):
             return b""
         self._begun.add(chunk.index)
         opening = self._first_text if first else self._text
@@ -121,9 +141,10 @@ class Answer:
         logprobs = b',"logprobs":null'
         if chunk.logprobs:
             logprobs = b',"logprobs":' + encode(self._likelihoods(chunk.index, chunk.logprobs))
-        return b"".join(
-            (self._head, index, opening, encode(chunk.text), self._text_end, logprobs, self._tail)
-        )
+        text = encode(chunk.text)
+        if chunk.reasoning and self._chat:
+            text += b',"reasoning_content":' + encode(chunk.reasoning)
+        return b"".join((self._head, index, opening, text, self._text_end, logprobs, self._tail))
 
     def end(self, result: Result) -> bytes:
         """The events that end the stream."""
@@ -143,6 +164,7 @@ class Answer:
     def add(self, chunk: Chunk) -> None:
         """Keep a chunk for ``document``."""
         self._texts[chunk.index].append(chunk.text)
+        self._reasoning[chunk.index].append(chunk.reasoning)
         self._logprobs[chunk.index].extend(chunk.logprobs)
 
     def document(self, result: Result) -> bytes:
@@ -150,7 +172,7 @@ class Answer:
         choices = [
             {
                 "index": index,
-                **self._whole("".join(self._texts[index])),
+                **self._whole(index),
                 "logprobs": self._likelihoods(index, tuple(self._logprobs[index]))
                 if self._logprobs[index]
                 else None,
@@ -161,10 +183,12 @@ class Answer:
         kind = "chat.completion" if self._chat else "text_completion"
         return encode({**self._about, "object": kind, "choices": choices, "usage": usage_of(result)})
 
-    def _whole(self, text: str) -> dict[str, Any]:
-        if self._chat:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"text": text}
+    def _whole(self, index: int) -> dict[str, Any]:
+        text, reasoning = "".join(self._texts[index]), "".join(self._reasoning[index])
+        if not self._chat:
+            return {"text": text}
+        thought = {"reasoning_content": reasoning} if reasoning else {}
+        return {"message": {"role": "assistant", "content": text, "refusal": None, **thought}}
 
     # --- log-probabilities ---------------------------------------------------------------
 

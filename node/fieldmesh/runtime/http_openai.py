@@ -1,4 +1,4 @@
-"""OpenAI's API at this node: chat and text completions, the list of models, and whether the node serves.
+"""OpenAI's API at this node: completions, embeddings, the list of models; and whether the node serves.
 
 Owns: the routes, and which call of the service each one is. Must not: decide anything, or know the shapes of
 bodies (``rpc.openai`` and ``rpc.openai_answers`` do).
@@ -7,21 +7,22 @@ bodies (``rpc.openai`` and ``rpc.openai_answers`` do).
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from starlette.routing import Route
 
 from fieldmesh.core.errors import Draining, ModelNotFound
-from fieldmesh.core.model import Chunk, RequestId, Result, Target
+from fieldmesh.core.model import Target
+from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import openai
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.rpc.openai_answers import Answer, encode, error_document, error_event
+from fieldmesh.rpc.openai_answers import Answer, embeddings_document, encode, error_document, error_event
 from fieldmesh.runtime.door import Calls
+from fieldmesh.runtime.http_answers import answer, served_by
 from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
 from fieldmesh.runtime.service import Service
 
-EVENTS = "text/event-stream; charset=utf-8"
 OWNER = "fieldmesh"
 
 
@@ -48,6 +49,7 @@ class OpenAi:
         return [
             self._route("/v1/chat/completions", self._chat, ("POST",)),
             self._route("/v1/completions", self._complete, ("POST",)),
+            self._route("/v1/embeddings", self._embed, ("POST",)),
             self._route("/v1/models", self._models, read),
             self._route("/v1/models/{name:path}", self._model, read),
             self._route("/health", self._health, read),
@@ -74,46 +76,22 @@ class OpenAi:
         await self._answer(exchange, wanted, chat=False)
 
     async def _answer(self, exchange: Exchange, wanted: openai.Wanted, *, chat: bool) -> None:
-        """Nothing is sent before the first token: until then an error has a status of its own."""
-        async with aclosing(self._service.ask(wanted.ask)) as items:
-            first = await anext(items)
-            headers, model = self._served_by(wanted.ask.request_id, first)
-            answer = Answer(
-                chat=chat,
-                answer_id=f"{'chatcmpl' if chat else 'cmpl'}-{exchange.request_id}",
-                model=model,
-                created=int(time.time()),
-                include_usage=wanted.include_usage,
-            )
-            if not wanted.stream:
-                async for item in _and_rest(first, items):
-                    if isinstance(item, Chunk):
-                        answer.add(item)
-                    else:
-                        body = answer.document(item)
-                await exchange.reply(body, headers=headers)
-                return
-            await exchange.begin(EVENTS, (*headers, ("x-accel-buffering", "no")))
-            async for item in _and_rest(first, items):
-                if isinstance(item, Chunk):
-                    await exchange.write(answer.event(item))
-                else:
-                    await exchange.end(answer.end(item))
+        telling = partial(
+            Answer,
+            chat=chat,
+            answer_id=f"{'chatcmpl' if chat else 'cmpl'}-{exchange.request_id}",
+            created=int(time.time()),
+            include_usage=wanted.include_usage,
+        )
+        await answer(self._service, exchange, wanted, lambda model: telling(model=model))
 
-    def _served_by(self, request_id: RequestId, first: Chunk | Result) -> tuple[list[tuple[str, str]], str]:
-        """Headers that say who answers, and the name of the model that does."""
-        if isinstance(first, Result):
-            node, profile, model = first.served_by_name, first.profile, first.model
-            attempts = len(first.attempts)
-        else:
-            candidate, attempts = self._service.candidate(request_id)
-            node, profile, model = candidate.member.name, candidate.offer.name, candidate.offer.model
-        headers = [
-            ("x-fieldmesh-served-by", node),
-            ("x-fieldmesh-profile", profile),
-            ("x-fieldmesh-attempts", str(attempts)),
-        ]
-        return headers, model
+    async def _embed(self, exchange: Exchange) -> None:
+        wanted = openai.embed_wanted(exchange.body, self._resolve)
+        texts = wire.texts_from_embed(wanted.request, self._limits())
+        target = wire.target_from_proto(wanted.request.target)
+        made, by = await self._service.embed(texts, target, deadline_s=None)
+        body = embeddings_document(made, by.offer.model, base64=wanted.base64)
+        await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
 
     def _resolve(self, name: str) -> Target:
         return openai.target_of(name, self._service.view)
@@ -138,11 +116,3 @@ class OpenAi:
         if self._service.draining:
             raise Draining("This node is leaving; ask another one", retry_after_s=0.0)
         await exchange.reply(b'{"status":"ok"}')
-
-
-async def _and_rest(
-    first: Chunk | Result, items: AsyncGenerator[Chunk | Result, None]
-) -> AsyncGenerator[Chunk | Result, None]:
-    yield first
-    async for item in items:
-        yield item

@@ -323,16 +323,16 @@ class Node:
 
     def _http(self) -> ASGIApplication:
         from fieldmesh.runtime.http_door import application
+        from fieldmesh.runtime.http_ollama import Ollama
         from fieldmesh.runtime.http_openai import OpenAi
 
-        api = OpenAi(
-            self._service,
-            self._limits,
-            calls=self._calls,
-            body_bytes_max=self.config.limits.message_bytes_max,
-        )
+        body_bytes_max = self.config.limits.message_bytes_max
+        apis = [
+            api(self._service, self._limits, calls=self._calls, body_bytes_max=body_bytes_max)
+            for api in (OpenAi, Ollama)
+        ]
         origins = self.config.listen.http_origins.replace(",", " ").split()
-        return application(api.routes(), origins)
+        return application([route for api in apis for route in api.routes()], origins)
 
     # --- news between parts ------------------------------------------------------------------
 

@@ -1,0 +1,320 @@
+"""The API of Ollama: bodies to an ``Ask``, and what a generation yields as lines of JSON.
+
+Owns: the shapes that its clients send and read. What is said about memory (``keep_alive``, ``num_ctx``) is
+ignored: the mesh decides it. Bounds are those of ``rpc.inference``. Must not: perform I/O, or know HTTP.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from fieldmesh.core.errors import FieldmeshError
+from fieldmesh.core.model import (
+    Chunk,
+    Constraint,
+    ConstraintKind,
+    Embeddings,
+    MeshView,
+    ProfileOffer,
+    Result,
+    SamplingOverrides,
+)
+from fieldmesh.rpc import inference as wire
+from fieldmesh.rpc.errors import clipped
+from fieldmesh.rpc.inference import RequestLimits
+from fieldmesh.rpc.openai import AUTO, SEEDS, Resolve, Unsupported, Wanted, parsed, schema_constraint
+from fieldmesh.rpc.openai_answers import encode, told
+from fieldmesh.rpc.sampling import fill_params
+from fieldmesh.v1 import inference_pb2 as pb
+
+LATEST: Final = ":latest"
+_NS: Final = 1_000_000_000
+
+
+class Options(msgspec.Struct):
+    """``options``; those that are not here are ignored."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    num_predict: int | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+
+
+class Turn(msgspec.Struct):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | None = None
+    images: list[Any] | None = None
+    tool_calls: list[Any] | None = None
+
+
+class Asked(msgspec.Struct):
+    """What ``/api/chat`` and ``/api/generate`` have in common."""
+
+    model: str = AUTO
+    stream: bool | None = None
+    format: msgspec.Raw = msgspec.Raw(b"")
+    options: Options | None = None
+    think: bool | str | None = None
+    images: list[Any] | None = None
+
+
+class Chat(Asked):
+    """Body of ``/api/chat``."""
+
+    messages: list[Turn] = []
+    tools: list[Any] | None = None
+
+
+class Generate(Asked):
+    """Body of ``/api/generate``."""
+
+    prompt: str | None = None
+    system: str | None = None
+    suffix: str | None = None
+    raw: bool | None = None
+
+
+class Embed(msgspec.Struct):
+    """Body of ``/api/embed``."""
+
+    model: str = AUTO
+    input: str | list[str] | None = None
+
+
+class Show(msgspec.Struct):
+    """Body of ``/api/show``; clients use either name."""
+
+    model: str = ""
+    name: str = ""
+
+
+def plain(name: str) -> str:
+    """A model's name without the tag that Ollama's clients add."""
+    return name.removesuffix(LATEST)
+
+
+def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
+    """What the body of ``/api/chat`` asks for. Raises InvalidRequest."""
+    body = parsed(data, Chat)
+    if body.tools:
+        raise Unsupported("tools are not supported by this mesh yet; leave them out", field="tools")
+    for index, turn in enumerate(body.messages):
+        for field in ("images", "tool_calls"):
+            if getattr(turn, field):
+                where = f"messages[{index}].{field}"
+                raise Unsupported(f"{where}: this mesh reads text only", field=where)
+    messages = [pb.ChatMessage(role=turn.role, content=turn.content or "") for turn in body.messages]
+    return _chat(body, messages, request_id, resolve, limits)
+
+
+def generate_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
+    """What the body of ``/api/generate`` asks for; ``raw``: a prompt as it stands. Raises InvalidRequest."""
+    body = parsed(data, Generate)
+    if body.suffix:
+        raise Unsupported("suffix is not supported by this mesh; leave it out", field="suffix")
+    if body.raw:
+        request = pb.GenerateRequest(
+            request_id=request_id, target=wire.target_to_proto(resolve(plain(body.model)))
+        )
+        request.prompt = body.prompt or ""
+        fill_params(request.sampling_params, _overrides(body))
+        return _wanted(wire.ask_from_generate(request, limits), body)
+    turns = (("system", body.system), ("user", body.prompt))
+    messages = [pb.ChatMessage(role=role, content=content) for role, content in turns if content]
+    return _chat(body, messages, request_id, resolve, limits)
+
+
+def _chat(
+    body: Asked, messages: list[pb.ChatMessage], request_id: str, resolve: Resolve, limits: RequestLimits
+) -> Wanted:
+    if body.images:
+        raise Unsupported("images: this mesh reads text only", field="images")
+    target = wire.target_to_proto(resolve(plain(body.model)))
+    request = pb.ChatRequest(request_id=request_id, target=target, messages=messages)
+    if body.think is not None:
+        request.enable_thinking = bool(body.think)
+    fill_params(request.sampling_params, _overrides(body))
+    return _wanted(wire.ask_from_chat(request, limits), body)
+
+
+def _wanted(ask: Any, body: Asked) -> Wanted:
+    return Wanted(ask=ask, stream=body.stream is not False, include_usage=True)
+
+
+def _overrides(body: Asked) -> SamplingOverrides:
+    given = body.options or Options()
+    stop = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
+    return SamplingOverrides(
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        min_p=given.min_p,
+        repetition_penalty=given.repeat_penalty,
+        frequency_penalty=given.frequency_penalty,
+        presence_penalty=given.presence_penalty,
+        seed=None if given.seed is None else given.seed % SEEDS,
+        # Below 0 means without a bound of its own.
+        max_tokens=None if given.num_predict is None or given.num_predict < 0 else given.num_predict,
+        stop=stop or None,
+        constraint=_constraint(bytes(body.format)),
+    )
+
+
+def _constraint(wanted: bytes) -> Constraint | None:
+    if wanted == b'"json"':
+        return Constraint(kind=ConstraintKind.JSON_OBJECT)
+    return None if wanted == b'""' else schema_constraint(wanted)
+
+
+def embed_request(data: bytes, resolve: Resolve) -> pb.EmbedRequest:
+    """What the body of ``/api/embed`` asks for, unchecked. Raises InvalidRequest."""
+    body = parsed(data, Embed)
+    inputs = [body.input] if isinstance(body.input, str) else body.input or []
+    return pb.EmbedRequest(target=wire.target_to_proto(resolve(plain(body.model))), inputs=inputs)
+
+
+def embeddings_document(made: Embeddings, model: str, duration_s: float) -> bytes:
+    """The answer of ``/api/embed``."""
+    return encode(
+        {
+            "model": model,
+            "embeddings": made.vectors,
+            "total_duration": int(duration_s * _NS),
+            "load_duration": 0,
+            "prompt_eval_count": made.prompt_tokens,
+        }
+    )
+
+
+def error_line(error: FieldmeshError) -> bytes:
+    """``error`` as Ollama says one, as a document and as a line."""
+    return encode({"error": clipped(told(error.message))}) + b"\n"
+
+
+def instant(at_s: float) -> str:
+    """A Unix time as Ollama writes it."""
+    return datetime.fromtimestamp(at_s, UTC).isoformat().replace("+00:00", "Z")
+
+
+class Lines:
+    """One answer as lines of JSON or as one document. ``created`` is a Unix time in seconds."""
+
+    content_type = "application/x-ndjson"
+
+    def __init__(self, *, chat: bool, model: str, created: float) -> None:
+        self._chat = chat
+        self._about = {"model": model, "created_at": instant(created)}
+        opened = encode(self._about)[:-1]
+        self._head = opened + (b',"message":{"role":"assistant","content":' if chat else b',"response":')
+        self._tail = b'},"done":false}\n' if chat else b',"done":false}\n'
+        self._text: list[str] = []
+        self._thinking: list[str] = []
+
+    def event(self, chunk: Chunk) -> bytes:
+        """The line of one chunk; nothing where it tells nothing yet."""
+        if not (chunk.text or chunk.reasoning):
+            return b""
+        thinking = b',"thinking":' + encode(chunk.reasoning) if chunk.reasoning else b""
+        return b"".join((self._head, encode(chunk.text), thinking, self._tail))
+
+    def end(self, result: Result) -> bytes:
+        """The line that ends the stream."""
+        return self._last("", "", result) + b"\n"
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep a chunk for ``document``."""
+        self._text.append(chunk.text)
+        self._thinking.append(chunk.reasoning)
+
+    def document(self, result: Result) -> bytes:
+        """The whole answer."""
+        return self._last("".join(self._text), "".join(self._thinking), result)
+
+    def _last(self, text: str, thinking: str, result: Result) -> bytes:
+        thought = {"thinking": thinking} if thinking else {}
+        said: dict[str, Any] = {"response": text, **thought}
+        if self._chat:
+            said = {"message": {"role": "assistant", "content": text, **thought}}
+        usage = result.completion.usage
+        return encode(
+            {
+                **self._about,
+                **said,
+                "done": True,
+                "done_reason": result.completion.finish_reason.value,
+                "total_duration": int(result.duration_s * _NS),
+                "load_duration": 0,
+                "prompt_eval_count": usage.prompt_tokens,
+                "prompt_eval_duration": int(result.ttft_s * _NS),
+                "eval_count": usage.completion_tokens,
+                "eval_duration": int(max(0.0, result.duration_s - result.ttft_s) * _NS),
+            }
+        )
+
+
+# --- what there is -----------------------------------------------------------------------
+
+
+def offers_by_name(view: MeshView) -> dict[str, ProfileOffer | None]:
+    """What can be named, and what it is; ``auto`` is nobody in particular."""
+    offers = [offer for member in view.members if member.row for offer in member.row.profiles]
+    found: dict[str, ProfileOffer | None] = {AUTO: None}
+    for offer in sorted(offers, key=lambda offer: offer.name):
+        found.setdefault(offer.name, offer)
+    for offer in sorted(offers, key=lambda offer: offer.model):
+        found.setdefault(offer.model, offer)
+    return found
+
+
+def model_entry(name: str, offer: ProfileOffer | None, since: float) -> dict[str, Any]:
+    """One line of ``/api/tags`` and ``/api/ps``: sizes stay on the nodes, and are not told here."""
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": instant(since),
+        "expires_at": instant(since),
+        "size": 0,
+        "size_vram": 0,
+        "digest": offer.fingerprint if offer else "",
+        "context_length": offer.context_tokens if offer else 0,
+        "details": _details(offer),
+    }
+
+
+def show_document(offer: ProfileOffer | None, since: float) -> bytes:
+    """The answer of ``/api/show``."""
+    about = {"fieldmesh.profile": offer.name, "fieldmesh.model": offer.model} if offer else {}
+    length = {"fieldmesh.context_length": offer.context_tokens} if offer else {}
+    return encode(
+        {
+            "modelfile": "",
+            "parameters": "",
+            "template": "",
+            "modified_at": instant(since),
+            "details": _details(offer),
+            "model_info": {**about, **length},
+            "capabilities": ["completion", "embedding"],
+        }
+    )
+
+
+def _details(offer: ProfileOffer | None) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": offer.model if offer else "",
+        "families": [],
+        "parameter_size": "",
+        "quantization_level": "",
+    }

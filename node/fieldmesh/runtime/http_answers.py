@@ -1,0 +1,90 @@
+"""Answering over HTTP, whatever the API: ask the service, say who serves, pass on what comes.
+
+Owns: that nothing is sent before the first token, so that until then an error has a status of its own. Must
+not: know the shape of a body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Protocol
+
+from fieldmesh.core.model import Chunk, RequestId, Result
+from fieldmesh.rpc.openai import Wanted
+from fieldmesh.runtime.http_door import Exchange
+from fieldmesh.runtime.service import Service
+
+
+class Telling(Protocol):
+    """How an API tells one answer: as parts, or whole."""
+
+    @property
+    def content_type(self) -> str:
+        """Of the parts."""
+        ...
+
+    def event(self, chunk: Chunk) -> bytes:
+        """The part for one chunk; may be empty."""
+        ...
+
+    def end(self, result: Result) -> bytes:
+        """The last part."""
+        ...
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep a chunk for ``document``."""
+        ...
+
+    def document(self, result: Result) -> bytes:
+        """The whole answer."""
+        ...
+
+
+async def answer(
+    service: Service, exchange: Exchange, wanted: Wanted, telling: Callable[[str], Telling]
+) -> None:
+    """Answer one request; ``telling`` is given the name of the model that does. Raises FieldmeshError."""
+    async with aclosing(service.ask(wanted.ask)) as items:
+        first = await anext(items)
+        headers, model = _served_by(service, wanted.ask.request_id, first)
+        told = telling(model)
+        if wanted.stream:
+            # Proxies that keep parts back would make a stream of none.
+            await exchange.begin(told.content_type, (*headers, ("x-accel-buffering", "no")))
+        async for item in _and_rest(first, items):
+            if isinstance(item, Chunk):
+                if wanted.stream:
+                    await exchange.write(told.event(item))
+                else:
+                    told.add(item)
+            elif wanted.stream:
+                await exchange.end(told.end(item))
+            else:
+                await exchange.reply(told.document(item), headers=headers)
+
+
+def served_by(node: str, profile: str, attempts: int) -> list[tuple[str, str]]:
+    """Headers that say who answers."""
+    return [
+        ("x-fieldmesh-served-by", node),
+        ("x-fieldmesh-profile", profile),
+        ("x-fieldmesh-attempts", str(attempts)),
+    ]
+
+
+def _served_by(
+    service: Service, request_id: RequestId, first: Chunk | Result
+) -> tuple[list[tuple[str, str]], str]:
+    if isinstance(first, Result):
+        return served_by(first.served_by_name, first.profile, len(first.attempts)), first.model
+    candidate, attempts = service.candidate(request_id)
+    return served_by(candidate.member.name, candidate.offer.name, attempts), candidate.offer.model
+
+
+async def _and_rest(
+    first: Chunk | Result, items: AsyncGenerator[Chunk | Result, None]
+) -> AsyncGenerator[Chunk | Result, None]:
+    yield first
+    async for item in items:
+        yield item

@@ -1,0 +1,103 @@
+"""Ollama's API at this node, for the programs that know no other.
+
+Owns: the routes, and which call of the service each one is. Must not: decide anything, or know the shapes of
+bodies (``rpc.ollama`` does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from starlette.routing import Route
+
+from fieldmesh import __version__
+from fieldmesh.core.errors import ModelNotFound
+from fieldmesh.core.model import Target
+from fieldmesh.rpc import inference as wire
+from fieldmesh.rpc import ollama, openai
+from fieldmesh.rpc.inference import RequestLimits
+from fieldmesh.rpc.openai_answers import encode
+from fieldmesh.runtime.door import Calls
+from fieldmesh.runtime.http_answers import answer, served_by
+from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
+from fieldmesh.runtime.service import Service
+
+
+class Ollama:
+    """The routes of Ollama's API over one service."""
+
+    def __init__(
+        self, service: Service, limits: Callable[[], RequestLimits], *, calls: Calls, body_bytes_max: int
+    ) -> None:
+        self._service = service
+        self._limits = limits
+        self._calls = calls
+        self._body_bytes_max = body_bytes_max
+        self._since = time.time()
+
+    def routes(self) -> list[Route]:
+        """Every route."""
+        return [
+            self._route("POST", "/api/chat", self._chat),
+            self._route("POST", "/api/generate", self._generate),
+            self._route("POST", "/api/embed", self._embed),
+            self._route("POST", "/api/show", self._show),
+            self._route("GET", "/api/tags", self._list),
+            self._route("GET", "/api/ps", self._list),
+            self._route("GET", "/api/version", self._version),
+        ]
+
+    def _route(self, method: str, path: str, handler: Handler) -> Route:
+        endpoint = Endpoint(
+            handler,
+            name=f"{method} {path}",
+            methods=("GET", "HEAD") if method == "GET" else (method,),
+            calls=self._calls,
+            body_bytes_max=self._body_bytes_max,
+            document=ollama.error_line,
+            event=ollama.error_line,
+        )
+        return Route(path, endpoint)
+
+    async def _chat(self, exchange: Exchange) -> None:
+        wanted = ollama.chat_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+        await self._answer(exchange, wanted, chat=True)
+
+    async def _generate(self, exchange: Exchange) -> None:
+        wanted = ollama.generate_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+        await self._answer(exchange, wanted, chat=False)
+
+    async def _answer(self, exchange: Exchange, wanted: openai.Wanted, *, chat: bool) -> None:
+        lines = partial(ollama.Lines, chat=chat, created=time.time())
+        await answer(self._service, exchange, wanted, lambda model: lines(model=model))
+
+    async def _embed(self, exchange: Exchange) -> None:
+        began = time.monotonic()
+        request = ollama.embed_request(exchange.body, self._resolve)
+        texts = wire.texts_from_embed(request, self._limits())
+        target = wire.target_from_proto(request.target)
+        made, by = await self._service.embed(texts, target, deadline_s=None)
+        body = ollama.embeddings_document(made, by.offer.model, time.monotonic() - began)
+        await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
+
+    async def _list(self, exchange: Exchange) -> None:
+        offers = ollama.offers_by_name(self._service.view).items()
+        models = [ollama.model_entry(name, offer, self._since) for name, offer in offers]
+        await exchange.reply(encode({"models": models}))
+
+    async def _show(self, exchange: Exchange) -> None:
+        body = openai.parsed(exchange.body, ollama.Show)
+        name, offers = ollama.plain(body.model or body.name), ollama.offers_by_name(self._service.view)
+        if name not in offers:
+            raise ModelNotFound(
+                f"No node offers {name[:128]!r}; there are {', '.join(offers)}", field="target.model"
+            )
+        await exchange.reply(ollama.show_document(offers[name], self._since))
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.reply(encode({"version": __version__}))
+
+    def _resolve(self, name: str) -> Target:
+        return openai.target_of(name, self._service.view)
