@@ -24,7 +24,9 @@ from fieldmesh.core.model import Constraint
 from fieldmesh.engine.frames import FRAME_BYTES_MAX, LENGTH_BYTES
 from fieldmesh.engine.grammars import MASK_CPU_S_MAX, Matcher, Vocabulary, compiled, too_costly
 
-TIME_S_MAX = 2
+CPU_S_MAX = 2
+WALL_S_MAX = 10
+"""Ends what computes nothing and does not answer; on a busy box an honest trial waits for its turn."""
 MEMORY_BYTES_MAX = 128 << 20
 STACK_BYTES = 4 << 20
 WALK_TOKENS = 16
@@ -51,7 +53,7 @@ class Trial:
             process = self._process or self._start()
             assert process.stdin is not None
             _write(process.stdin, msgspec.msgpack.encode(constraint))
-            verdict = msgspec.msgpack.decode(_answer(process, TIME_S_MAX + 1.0), type=Verdict)
+            verdict = msgspec.msgpack.decode(_answer(process, WALL_S_MAX + 1.0), type=Verdict)
         except (OSError, EOFError):  # it was ended by its bounds, or overflowed its stack
             self.close()
             raise too_costly(constraint) from None
@@ -109,12 +111,15 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     while True:
         constraint = msgspec.msgpack.decode(_read(requests, FRAME_BYTES_MAX), type=Constraint)
-        signal.alarm(TIME_S_MAX)  # ends the process wherever it is, and also when nobody waits any more
+        # Both end the process wherever it is, and also when nobody waits any more.
+        signal.setitimer(signal.ITIMER_PROF, CPU_S_MAX)
+        signal.alarm(WALL_S_MAX)
         verdict = Verdict()
         try:
             _walk(Matcher(compiled(tokenizer, constraint), constraint), constraint)
         except ConstraintInvalid as error:
             verdict = Verdict(refusal=error.message)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         _write(answers, msgspec.msgpack.encode(verdict))
 
