@@ -192,6 +192,14 @@ class Council:
         return Held(view=view, state=consensus.state)
 
     @property
+    def log(self) -> str:
+        """The name of the log that this node belongs to or follows; empty where it knows of none."""
+        consensus = self.host.consensus
+        if consensus is not None and consensus.raft.hard.group:
+            return consensus.raft.hard.group  # asked for each message: no view is made for it
+        return held.view.log if (held := self.held) is not None else ""
+
+    @property
     def view(self) -> LogView | None:
         """The log as this node sees it best; None where it knows of none."""
         held = self.held

@@ -130,12 +130,10 @@ class RaftService:
 
     def _foreign(self, message: Message) -> FieldmeshError | None:
         """A node listens to its own log; one that has followed none takes the first that it is taken into."""
-        view = self._council.view
-        if view is None and isinstance(message.body, Append | Chunk):
+        own = self._council.log
+        if own == message.group or (not own and isinstance(message.body, Append | Chunk)):
             return None
-        if view is None or message.group != view.log:
-            return _mismatch(view.log if view is not None else "", message.group)
-        return None
+        return _mismatch(own, message.group)
 
     # --- calls to the leader -------------------------------------------------------------------
 
