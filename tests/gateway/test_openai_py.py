@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 
+from fieldmesh.core.errors import QueueFull
 from tests.gateway.site import doors, tiny, url
 from tests.runtime.test_node import Site, idle
 
@@ -293,3 +295,23 @@ async def test_a_schema_reaches_the_engine_as_it_was_sent(
         await client.chat.completions.create(model="code", messages=said("x"), response_format=form)
     assert json.loads(seen[0].sampling.constraint.source) == schema
     assert caught.value.code == "constraint_invalid"
+
+
+async def test_the_library_asks_again_when_it_was_told_to(
+    doors: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = doors.nodes["general"]._service
+    ask, refusals = service.ask, iter([QueueFull("All are full", retry_after_s=0.02)])
+
+    def full_once(*args: Any, **options: Any) -> Any:
+        if (refusal := next(refusals, None)) is not None:
+            raise refusal
+        return ask(*args, **options)
+
+    monkeypatch.setattr(service, "ask", full_once)
+    async with AsyncOpenAI(base_url=url(doors) + "/v1", api_key="none", max_retries=1) as client:
+        raw = await client.chat.completions.with_raw_response.create(
+            model="code", messages=said("hello"), max_tokens=3
+        )
+    assert raw.http_request.headers["x-stainless-retry-count"] == "1"
+    assert raw.headers["x-fieldmesh-served-by"] == "code"
