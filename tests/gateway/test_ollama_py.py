@@ -56,6 +56,15 @@ async def test_a_prompt_is_a_question_unless_it_is_raw(doors: Site, client: Asyn
     assert "".join(part.response for part in parts) == raw.response
 
 
+async def test_a_model_can_be_warmed_up_by_asking_nothing(client: AsyncClient) -> None:
+    warmed = await client.generate("code")
+    assert (warmed.done, warmed.done_reason, warmed.response) == (True, "load", "")
+    assert (await client.chat("code", [])).done_reason == "load"
+    with pytest.raises(ollama.ResponseError) as caught:
+        await client.generate("gpt", "")
+    assert caught.value.status_code == 404
+
+
 async def test_what_there_is_can_be_listed_and_shown(client: AsyncClient) -> None:
     names = ["auto", "code", "general", "tiny"]
     assert [model.model for model in (await client.list()).models] == names

@@ -85,6 +85,14 @@ class Generate(Asked):
     raw: bool | None = None
 
 
+class Warm(msgspec.Struct):
+    """As much of a body as tells whether it asks something."""
+
+    model: str = AUTO
+    prompt: str | None = None
+    messages: list[msgspec.Raw] | None = None
+
+
 class Embed(msgspec.Struct):
     """Body of ``/api/embed``."""
 
@@ -102,6 +110,22 @@ class Show(msgspec.Struct):
 def plain(name: str) -> str:
     """A model's name without the tag that Ollama's clients add."""
     return name.removesuffix(LATEST)
+
+
+def loads_only(data: bytes) -> str | None:
+    """The model that a body without prompt and messages wants to be loaded; None where it asks something.
+
+    Clients send it to warm a model up. Raises InvalidRequest.
+    """
+    body = parsed(data, Warm)
+    return None if body.prompt or body.messages else plain(body.model)
+
+
+def loaded_document(name: str, *, chat: bool, created: float) -> bytes:
+    """The answer to those who only wanted a model to be loaded."""
+    said: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
+    about = {"model": name, "created_at": instant(created)}
+    return encode({**about, **said, "done": True, "done_reason": "load"})
 
 
 def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:

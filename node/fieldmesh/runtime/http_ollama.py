@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from fieldmesh import __version__
 from fieldmesh.core.errors import ModelNotFound
-from fieldmesh.core.model import Target
+from fieldmesh.core.model import ProfileOffer, Target
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import ollama, openai
 from fieldmesh.rpc.inference import RequestLimits
@@ -62,12 +62,23 @@ class Ollama:
         return Route(path, endpoint)
 
     async def _chat(self, exchange: Exchange) -> None:
-        wanted = ollama.chat_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
-        await self._answer(exchange, wanted, chat=True)
+        if not await self._loaded(exchange, chat=True):
+            wanted = ollama.chat_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+            await self._answer(exchange, wanted, chat=True)
 
     async def _generate(self, exchange: Exchange) -> None:
-        wanted = ollama.generate_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
-        await self._answer(exchange, wanted, chat=False)
+        if not await self._loaded(exchange, chat=False):
+            wanted = ollama.generate_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+            await self._answer(exchange, wanted, chat=False)
+
+    async def _loaded(self, exchange: Exchange, *, chat: bool) -> bool:
+        """Answer who only wants a model to be loaded: the mesh does that when it is asked something."""
+        name = ollama.loads_only(exchange.body)
+        if name is None:
+            return False
+        self._known(name)
+        await exchange.reply(ollama.loaded_document(name, chat=chat, created=time.time()))
+        return True
 
     async def _answer(self, exchange: Exchange, wanted: openai.Wanted, *, chat: bool) -> None:
         lines = partial(ollama.Lines, chat=chat, created=time.time())
@@ -89,12 +100,17 @@ class Ollama:
 
     async def _show(self, exchange: Exchange) -> None:
         body = openai.parsed(exchange.body, ollama.Show)
-        name, offers = ollama.plain(body.model or body.name), ollama.offers_by_name(self._service.view)
+        offer = self._known(ollama.plain(body.model or body.name))
+        await exchange.reply(ollama.show_document(offer, self._since))
+
+    def _known(self, name: str) -> ProfileOffer | None:
+        """What ``name`` is; see ``ollama.offers_by_name``. Raises ModelNotFound."""
+        offers = ollama.offers_by_name(self._service.view)
         if name not in offers:
             raise ModelNotFound(
                 f"No node offers {name[:128]!r}; there are {', '.join(offers)}", field="target.model"
             )
-        await exchange.reply(ollama.show_document(offers[name], self._since))
+        return offers[name]
 
     async def _version(self, exchange: Exchange) -> None:
         await exchange.reply(encode({"version": __version__}))
