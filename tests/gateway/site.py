@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fieldmesh.config import ListenSlice
+from fieldmesh.engine.cost import CostModel
 from tests.runtime.test_node import ANY, Site, new_site, tiny
 
-__all__ = ["doors", "tiny", "url"]
+__all__ = ["doors", "slow_down", "tiny", "url"]
 
 OPEN = {"listen": ListenSlice(client=ANY, peer=ANY, metrics=None, http=ANY)}
 
@@ -22,6 +23,11 @@ async def doors(tmp_path: Path, tiny: Path) -> AsyncIterator[Site]:
         await site.start("code", "code", **OPEN)
         await site.formed()
         yield site
+
+
+def slow_down(site: Site, name: str) -> None:
+    """Let an answer of 2,000 tokens take twice as long as ``idle`` waits: it can only have been stopped."""
+    site.engines[name]._cost = CostModel(step_base_s=0.01, decode_row_s=0.0, prefill_token_s=0.0)
 
 
 def url(site: Site, name: str = "general") -> str:

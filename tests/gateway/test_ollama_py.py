@@ -14,7 +14,7 @@ import ollama
 import pytest
 from ollama import AsyncClient
 
-from tests.gateway.site import doors, tiny, url
+from tests.gateway.site import doors, slow_down, tiny, url
 from tests.runtime.test_node import Site, idle
 
 __all__ = ["doors", "tiny"]
@@ -117,6 +117,7 @@ async def test_curl_streams_and_stops_the_engine_when_it_is_killed(doors: Site) 
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("CURL IS MISSING: the HTTP door was not tried with it (Debian: package curl)")
+    slow_down(doors, "code")
     body = {"model": "code", "messages": HELLO, "stream": True, "max_tokens": 2000, "ignore_eos": True}
     process = await asyncio.create_subprocess_exec(
         curl, "-sN", f"{url(doors)}/v1/chat/completions", "-d", json.dumps(body),

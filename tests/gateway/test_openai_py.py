@@ -14,7 +14,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from fieldmesh.core.errors import QueueFull
-from tests.gateway.site import doors, tiny, url
+from tests.gateway.site import doors, slow_down, tiny, url
 from tests.runtime.test_node import Site, idle
 
 __all__ = ["doors", "tiny"]
@@ -226,6 +226,7 @@ async def test_what_is_not_known_is_ignored(client: AsyncOpenAI) -> None:
 
 
 async def test_a_client_that_leaves_stops_the_engine_behind_a_hop(doors: Site, client: AsyncOpenAI) -> None:
+    slow_down(doors, "code")
     stream = await client.chat.completions.create(
         model="code", messages=said("hello"), max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -238,6 +239,7 @@ async def test_a_client_that_leaves_stops_the_engine_behind_a_hop(doors: Site, c
 async def test_a_client_that_waits_for_a_whole_answer_and_leaves_stops_it_too(
     doors: Site, client: AsyncOpenAI
 ) -> None:
+    slow_down(doors, "code")
     with pytest.raises(openai.APITimeoutError):
         await client.chat.completions.create(
             model="code",
