@@ -84,9 +84,9 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="cells-overbooked",
-        target="batching:Batcher._make_room",
-        old="if reserved + cells > self.config.cells_total:",
-        new="if False:",
+        target="batching:Batcher._fits",
+        old=" and reserved + cells <= self.config.cells_total",
+        new="",
         scenario="requests",
     ),
 )

@@ -217,3 +217,14 @@ def test_http_beyond_loopback_needs_the_words_for_it() -> None:
 
 def test_every_status_of_ours_has_one_of_http() -> None:
     assert set(HTTP_STATUSES) == set(Status)
+
+
+async def test_a_port_that_another_took_between_bind_and_listen_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def taken(*_: object) -> None:
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(socket.socket, "listen", taken)
+    async with http_server.listening(ANY, lambda: pytest.fail("no application is needed")) as address:
+        assert address is None

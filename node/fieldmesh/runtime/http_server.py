@@ -107,6 +107,7 @@ def _socket(address: Address) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(bound)
+        listener.listen(BACKLOG)  # two that start at once can both bind: here one learns of the other
         listener.setblocking(False)
     except OSError:
         listener.close()
