@@ -106,8 +106,11 @@ async def test_a_newer_stream_of_a_member_takes_the_place_of_the_older(founder: 
 
 async def test_there_are_only_so_many_streams(founder: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fieldmesh.runtime.raft_service.STREAMS_MAX", 0)
-    error = await deliver(founder, append("x"))
-    assert error is not None and error.code == "TOO_MANY_STREAMS"
+    async with channel(founder) as made:
+        call: grpc.aio.StreamUnaryCall[bytes, bytes] = made.stream_unary(DELIVER_METHOD)()
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await call  # without a message: grpc calls one that fails INTERNAL, whatever the other side said
+    assert error_from_call(refusal.value).code == "TOO_MANY_STREAMS"
 
 
 async def called(method: str, box: Box, request: object) -> FieldmeshError | None:
