@@ -98,7 +98,7 @@ class Ledger:
 
 
 class Load:
-    """Writers and a watcher over one cluster; leaving the context ends them."""
+    """Writers and a watcher over one cluster; leaving the context ends the former, ``settle`` the latter."""
 
     def __init__(self, cluster: Cluster, *, characters: int = 0) -> None:
         self.ledger = Ledger()
@@ -110,6 +110,8 @@ class Load:
         ]
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watched = 0
+        self._watching: Client | None = None
+        self._over = threading.Event()
 
     def __enter__(self) -> Load:
         self._watcher.start()
@@ -123,9 +125,15 @@ class Load:
             thread.join(WAIT_S)
 
     def settle(self) -> None:
-        """Return when the watcher has seen the newest revision; call it after the writers have ended."""
+        """Return when the watcher has seen the newest revision, and has ended; after the writers have."""
         newest = max(self.ledger.acknowledged.values(), default=0)
-        wait_until(lambda: self._watched >= newest, WAIT_S, "the watch to see the last write")
+        try:
+            wait_until(lambda: self._watched >= newest, WAIT_S, "the watch to see the last write")
+        finally:
+            self._over.set()
+            if self._watching is not None:
+                self._watching.close()
+            self._watcher.join(WAIT_S)
 
     def _seeds(self) -> list[str]:
         return [box.client for box in self._cluster.boxes.values()]
@@ -164,9 +172,10 @@ class Load:
 
     def _watch(self) -> None:
         after = 0
-        while True:
+        while not self._over.is_set():
             try:
                 with Client(self._seeds()) as client:
+                    self._watching = client
                     for news in Admin(client).watch(after_revision=after):
                         if news.settings is not None and news.revision > after:
                             self.ledger.missed(after, news.revision, news.settings)
@@ -416,6 +425,7 @@ def rows(*, leader: int, everybody: int, compaction: int, pause: int) -> Iterato
             voters = Voters(cluster)
             with Load(cluster) as load:
                 stale, answered = pause_leaders(voters, load, pause)
+            load.settle()
             split |= {term: who for term, who in voters.terms().items() if len(who) > 1}
         note = f"{answered} answered as current after {pause} pauses"
         yield Row(measure="stale_reads", unit="", ours=stale, aim=0, note=note)
