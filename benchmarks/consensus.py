@@ -31,7 +31,7 @@ import grpc
 import psutil
 
 from benchmarks.cluster import free_port, tail, wait_until
-from benchmarks.report import Row, show
+from benchmarks.report import Row, percentile, show
 from fieldmesh.v1 import admin_pb2, admin_pb2_grpc
 
 KINDS = ("fieldmesh", "pysyncobj")
@@ -167,11 +167,6 @@ def against(
 
 
 # --- the measures ------------------------------------------------------------------------
-
-
-def percentile(values: list[float], percent: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
 def commits(rounds: int) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from benchmarks.cluster import Box, Cluster, wait_until
+from benchmarks.consensus_kills import WAIT_S, take_in
 from benchmarks.lab import Host, Lab, available
 from benchmarks.report import Row, show
 from fieldmesh.client import Client
@@ -28,7 +29,6 @@ from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.settings import Change
 from fieldmesh.v1 import admin_pb2 as pb
 
-WAIT_S = 60.0
 NAMES = ("a", "b", "c", "d")
 
 
@@ -102,21 +102,9 @@ def site(voters: int) -> Iterator[Site]:
             cluster.start(box)
         cluster.wait_formed()
         here = Site(cluster=cluster, lab=lab, hosts=hosts)
-        with Client([cluster.boxes[NAMES[0]].client]) as client:
-            admin = Admin(client)
-            wait_until(lambda: bool(_led(admin)), WAIT_S, "a log")
-            admin.write([Change(key="voters/policy", value='{"automatic": false}')])
-            for name in list(hosts)[1:]:
-                admin.add(name)
+        take_in(cluster, list(hosts))
         here.wait_level()
         yield here
-
-
-def _led(admin: Admin) -> str:
-    try:
-        return admin.status().leader_id
-    except FieldmeshError:
-        return ""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +189,23 @@ class Load:
 # --- the cluster -----------------------------------------------------------------------------
 
 
+def take_in(cluster: Cluster, names: Sequence[str]) -> None:
+    """Make voters of these nodes, the first of which founds the log; the mesh leaves them as they are."""
+    with Client([cluster.boxes[names[0]].client]) as client:
+        admin = Admin(client)
+        wait_until(lambda: bool(_leader_of(admin)), WAIT_S, "a log")
+        admin.write([Change(key="voters/policy", value='{"automatic": false}')])
+        for name in names[1:]:
+            admin.add(name)
+
+
+def _leader_of(admin: Admin) -> str:
+    try:
+        return admin.status().leader_id
+    except FieldmeshError:
+        return ""
+
+
 class Voters:
     """Three nodes that vote, and what can be done to them."""
 
@@ -200,20 +217,8 @@ class Voters:
         for box in cluster.boxes.values():
             cluster.start(box)
         cluster.wait_formed()
-        with Client([cluster.boxes["a"].client]) as client:
-            admin = Admin(client)
-            wait_until(lambda: bool(self._led(admin)), WAIT_S, "a log")
-            admin.write([Change(key="voters/policy", value='{"automatic": false}')])
-            for name in NAMES[1:]:
-                admin.add(name)
+        take_in(cluster, NAMES)
         wait_until(lambda: self.whole, WAIT_S, "three voters")
-
-    @staticmethod
-    def _led(admin: Admin) -> str:
-        try:
-            return admin.status().leader_id
-        except FieldmeshError:
-            return ""
 
     def status(self, box: Box) -> tuple[str, str, int, int]:
         """(own id, leader's id, members that are near the leader's end, voters); empty where it is silent."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from benchmarks.report import Row, show
+from benchmarks.report import Row, percentile, show
 from benchmarks.servers import SETTINGS, Answer, Http, Ours, Server
 from fieldmesh import profiles
 from fieldmesh.core.model import Chunk, Prompt, Sampling
@@ -68,12 +68,6 @@ class Burst:
 
     def gap_s(self, percent: float) -> float:
         return percentile([gap for a in self.answers for gap in a.gaps_s], percent)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
 async def burst(server: Server, prompts: Sequence[str], clients: int, tokens: int = ANSWER_TOKENS) -> Burst:

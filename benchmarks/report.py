@@ -114,6 +114,12 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores, {model}, Python {platform.python_version()}"
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The nearest-rank percentile."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
 def show(rows: Sequence[Row], *, as_json: bool) -> int:
     """Print the rows; returns the exit code: 0 where every aim is met."""
     if as_json:
