@@ -4,6 +4,7 @@ embedded default model in the engine's process; nothing here depends on how fast
 from __future__ import annotations
 
 import asyncio
+import tomllib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.engine.tiny_model import default_model_path
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
+TESTS = Path(__file__).parents[1]
 QUESTIONS = [
     "What is the capital of France?",
     "Write a function that adds two numbers.",
@@ -50,17 +52,30 @@ async def engine(path: Path) -> AsyncIterator[EngineProcess]:
     await made.close()
 
 
-@pytest.fixture(scope="module")
-def expected(llama: Llama) -> list[str]:
+def llamas_answers(llama: Llama, questions: list[str], tokens: int) -> list[str]:
     """What Llama answers, greedily, one question at a time, each from an empty cache."""
     answers = []
-    for question in QUESTIONS:
+    for question in questions:
         llama.reset()
         reply = llama.create_chat_completion(
-            [{"role": "user", "content": question}], temperature=0, max_tokens=24, repeat_penalty=1.0
+            [{"role": "user", "content": question}], temperature=0, max_tokens=tokens, repeat_penalty=1.0
         )
         answers.append(reply["choices"][0]["message"]["content"])
     return answers
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Llama) -> list[str]:
+    return llamas_answers(llama, QUESTIONS, GREEDY.max_tokens)
+
+
+async def test_fifty_questions_are_answered_as_llama_answers_them(engine: Engine, llama: Llama) -> None:
+    asked = tomllib.loads((TESTS / "data" / "questions.toml").read_text(encoding="utf-8"))
+    questions = [question for texts in asked.values() for question in texts][:50]
+    assert len(questions) == 50
+    short = replace(GREEDY, max_tokens=12)
+    answers = [await ask(engine, chat(f"many-{i}", q, short)) for i, q in enumerate(questions)]
+    assert [a.text for a in answers] == llamas_answers(llama, questions, short.max_tokens)
 
 
 async def test_one_at_a_time_it_answers_as_llama_does(engine: Engine, expected: list[str]) -> None:
