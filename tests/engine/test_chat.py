@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fieldmesh.core.errors import ConfigError, InvalidRequest
-from fieldmesh.core.model import Message
+from fieldmesh.core.model import Message, Tool, ToolCall
 from fieldmesh.engine.chat import ChatTemplate
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"  # noqa: E501
@@ -81,3 +81,47 @@ def test_a_model_without_a_thinking_mode_says_so() -> None:
     with pytest.raises(InvalidRequest) as caught:
         plain.render((USER,), thinking=True)
     assert caught.value.field == "enable_thinking"
+
+
+WEATHER = Tool(
+    name="weather", description="Tells it.", parameters='{"type": "object", "properties": {"city": {}}}'
+)
+CALL = ToolCall(id="c1", name="weather", arguments='{"city": "Rome"}')
+ROUND = (
+    USER,
+    Message(role="assistant", content="", tool_calls=(CALL,)),
+    Message(role="tool", content="sun", tool_call_id="c1"),
+)
+
+
+def test_a_template_that_knows_tools_is_given_them_and_their_calls() -> None:
+    source = (
+        "{% for t in tools %}{{ t.function.name }}: {{ t | tojson }}{% endfor %}{% for m in messages %}"
+        "[{{ m.role }}]{{ m.content }}{{ m.tool_call_id }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}{% endfor %}"
+    )
+    told = ChatTemplate(source, bos="", eos="").render(ROUND, tools=(WEATHER,))
+    assert told == (
+        'weather: {"type": "function", "function": {"name": "weather", "description": "Tells it.", '
+        '"parameters": {"type": "object", "properties": {"city": {}}}}}'
+        "[user]hi[assistant]weather(Rome)[tool]sunc1"
+    )
+
+
+def test_a_template_that_knows_no_tools_is_told_of_them_in_words() -> None:
+    template = ChatTemplate(TEMPLATE, bos="", eos="")
+    told = template.render(ROUND, system_prompt="be kind", tools=(WEATHER,))
+    assert told.startswith("[system]be kind\n\nYou may call functions")
+    assert '"description": "Tells it."' in told
+    assert told.endswith(
+        '[user]hi[assistant]<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+        "[user]<tool_response>\nsun\n</tool_response>[assistant]"
+    )
+    assert template.render((USER,), tools=(WEATHER,)).startswith("[system]You may call functions")
+    assert template.render(ROUND).startswith("[user]hi")
+
+
+@pytest.mark.parametrize("parameters", ['{"a": ' + "1" * 5000 + "}", '{"a":' * 90_000 + "1" + "}" * 90_000])
+def test_a_schema_that_cannot_be_read_is_refused(parameters: str) -> None:
+    with pytest.raises(InvalidRequest, match="chat template refuses"):
+        ChatTemplate(TEMPLATE, bos="", eos="").render((USER,), tools=(Tool(name="f", parameters=parameters),))

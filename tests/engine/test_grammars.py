@@ -4,6 +4,7 @@ reason, and nothing that a stranger sends harms the engine. Method: llguidance i
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -242,3 +243,35 @@ def test_what_went_wrong_here_is_told_once_and_then_tried_again(bench: Bench) ->
     bench.grammars.want(wanted)
     bench.finished()
     assert bench.grammars.matcher(wanted) is not None
+
+
+def calls(*tools: tuple[str, str], **answer: str) -> Constraint:
+    return Constraint(kind=ConstraintKind.TOOLS, source=json.dumps({"tools": tools, **answer}))
+
+
+def test_a_call_is_one_of_those_on_offer_or_the_answer() -> None:
+    reference = (
+        '{"properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"], "$defs": {"A": {"enum": [1]}}}'
+    )
+    either = calls(("f", reference), ("g", ""), answer='{"properties": {"b": {"type": "boolean"}}}')
+    for text in (
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}}',
+        '<tool_call>\n{"name": "g", "arguments": {}}',
+        '{"b": true}',
+    ):
+        matcher = walk(either)
+        for letter in text.encode():
+            matcher.take(letter)
+        assert END in possible(matcher) or matcher.ended
+    for text in ('<tool_call>\n{"name": "h', '<tool_call>\n{"name": "f", "arguments": {"a": 2'):
+        matcher = walk(either)
+        with pytest.raises(ConstraintInvalid):
+            for letter in text.encode():
+                matcher.take(letter)
+
+
+@pytest.mark.parametrize("schema", ["[]", '{"not": {}}', '{"properties": {"a": {"$ref": "#/nowhere"}}}', "{"])
+def test_a_tool_that_cannot_be_held_is_refused(schema: str) -> None:
+    with pytest.raises(ConstraintInvalid, match="tools cannot be enforced") as caught:
+        walk(calls(("f", schema)))
+    assert caught.value.field == "tools"

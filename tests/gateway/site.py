@@ -9,9 +9,10 @@ import pytest
 
 from fieldmesh.config import ListenSlice
 from fieldmesh.engine.cost import CostModel
+from fieldmesh.engine.fake import FakeModel, FakeSampler
 from tests.runtime.test_node import ANY, Site, new_site, tiny
 
-__all__ = ["doors", "slow_down", "tiny", "url"]
+__all__ = ["doors", "say", "slow_down", "tiny", "url"]
 
 OPEN = {"listen": ListenSlice(client=ANY, peer=ANY, metrics=None, http=ANY)}
 
@@ -33,3 +34,10 @@ def slow_down(site: Site, name: str) -> None:
 def url(site: Site, name: str = "general") -> str:
     """Where a node's HTTP door is."""
     return f"http://{site.nodes[name].http_address}"
+
+
+def say(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let every answer be ``text``, a byte a token, for what is done with it is not the model's doing."""
+    (end,) = FakeModel.end_tokens
+    tokens = [*text.encode(), end]
+    monkeypatch.setattr(FakeSampler, "_token", lambda _, index: tokens[min(index, len(tokens) - 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -33,6 +34,10 @@ from fieldmesh.core.model import (
     SamplingOverrides,
     Target,
     TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolCallPart,
+    Tools,
     Usage,
 )
 from fieldmesh.rpc import inference as wire
@@ -62,6 +67,10 @@ overrides = st.builds(
         lambda bias: tuple(sorted(bias.items()))
     ),
 )
+functions = st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True)
+objects = st.dictionaries(names, names, max_size=2).map(json.dumps)
+calls = st.builds(ToolCall, id=names, name=functions, arguments=objects)
+tools = st.builds(Tool, name=functions, description=names, parameters=st.just("") | objects)
 asks = st.builds(
     Ask,
     request_id=st.from_regex(r"[A-Za-z0-9._:-]{1,64}", fullmatch=True).map(RequestId),
@@ -70,9 +79,24 @@ asks = st.builds(
         st.builds(
             Prompt,
             messages=st.lists(
-                st.builds(Message, role=st.sampled_from(wire.ROLES), content=texts), min_size=1, max_size=5
+                st.builds(Message, role=st.sampled_from(wire.ROLES), content=texts, tool_call_id=names)
+                | st.builds(
+                    Message,
+                    role=st.just("assistant"),
+                    content=names,
+                    tool_calls=st.lists(calls, min_size=1, max_size=2).map(tuple),
+                ),
+                min_size=1,
+                max_size=5,
             ).map(tuple),
             thinking=st.none() | st.booleans(),
+            tools=st.none()
+            | st.builds(
+                Tools,
+                offered=st.lists(tools, min_size=1, max_size=3, unique_by=lambda tool: tool.name).map(tuple),
+                required=st.booleans(),
+                single=st.booleans(),
+            ),
         ),
     ),
     target=st.builds(Target, profile=names, model=names, domain=names),
@@ -167,6 +191,37 @@ def test_a_bad_field_is_refused_by_name(request_: pb.GenerateRequest, field: str
     assert caught.value.field == field
 
 
+CALL = pb.ToolCall(id="c", name="f", arguments="{}")
+LARGE = pb.ToolCall(name="f", arguments="{}" + " " * 1000)
+
+
+@pytest.mark.parametrize(
+    ("tools", "field"),
+    [
+        (pb.Tools(), "tools"),
+        (pb.Tools(offered=[pb.Tool(name=f"f{index}") for index in range(129)]), "tools"),
+        (pb.Tools(offered=[pb.Tool(name="f"), pb.Tool(name="f")]), "tools[1].name"),
+        (pb.Tools(offered=[pb.Tool(name="")]), "tools[0].name"),
+        (pb.Tools(offered=[pb.Tool(name="f", description="x" * 1001)]), "tools"),
+        (pb.Tools(offered=[pb.Tool(name="f", parameters="[" * 100_000)]), "tools[0].parameters"),
+        (pb.Tools(offered=[pb.Tool(name="f", parameters='"x"')]), "tools[0].parameters"),
+        (pb.Tools(offered=[pb.Tool(name="f")], named="g"), "tools.named"),
+    ],
+)
+def test_bad_tools_are_refused_by_name(tools: pb.Tools, field: str) -> None:
+    user = [pb.ChatMessage(role="user", content="x")]
+    with pytest.raises(InvalidRequest) as caught:
+        wire.ask_from_chat(pb.ChatRequest(request_id="r", messages=user, tools=tools), LIMITS)
+    assert caught.value.field == field
+
+
+def test_a_named_tool_is_a_required_one() -> None:
+    user = [pb.ChatMessage(role="user", content="x")]
+    named = pb.Tools(offered=[pb.Tool(name="f")], named="f")
+    ask = wire.ask_from_chat(pb.ChatRequest(request_id="r", messages=user, tools=named), LIMITS)
+    assert ask.prompt.tools == Tools(offered=(Tool(name="f"),), required=True, named="f")
+
+
 @pytest.mark.parametrize(
     ("messages", "field"),
     [
@@ -175,6 +230,23 @@ def test_a_bad_field_is_refused_by_name(request_: pb.GenerateRequest, field: str
         ([pb.ChatMessage(role="robot", content="x")], "messages[0].role"),
         ([pb.ChatMessage(role="user", content="x" * 1001)], "messages"),
         ([pb.ChatMessage(role="user", content="")], "messages[0].content"),
+        ([pb.ChatMessage(role="user", content="x", tool_calls=[CALL])], "messages[0].tool_calls[0]"),
+        (
+            [pb.ChatMessage(role="assistant", tool_calls=[CALL, pb.ToolCall(name="f", arguments="[]")])],
+            "messages[0].tool_calls[1].arguments",
+        ),
+        (
+            [pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(name="f g", arguments="{}")])],
+            "messages[0].tool_calls[0].name",
+        ),
+        (
+            [
+                pb.ChatMessage(
+                    role="assistant", tool_calls=[pb.ToolCall(name="f", arguments="{}" + " " * 1000)]
+                )
+            ],
+            "messages",
+        ),
     ],
 )
 def test_a_bad_conversation_is_refused_by_name(messages: list[pb.ChatMessage], field: str) -> None:
@@ -272,6 +344,8 @@ logprobs = st.builds(Logprobs, drawn=likelihoods, top=st.lists(likelihoods, max_
 @given(st.builds(Chunk, generation_id=names, epoch=st.integers(0, 9), first_token_index=st.integers(0, 9999),
                  token_ids=st.lists(st.integers(0, 2**31 - 1)).map(tuple), text=names,
                  index=st.integers(0, 15), reasoning=names,
+                 tool_calls=st.lists(st.builds(ToolCallPart, index=st.integers(0, 9), name=names,
+                                               arguments=names), max_size=3).map(tuple),
                  logprobs=st.lists(logprobs, max_size=3).map(tuple)))  # fmt: skip
 def test_a_chunk_survives_the_wire(chunk: Chunk) -> None:
     sent = pb.Chunk.FromString(wire.chunk_to_proto(chunk).SerializeToString())

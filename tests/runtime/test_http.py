@@ -81,6 +81,7 @@ def header(answer: bytes, name: str) -> list[str]:
     return [line.partition(": ")[2] for line in lines if line.lower().startswith(name + ":")]
 
 
+SCHEMA_OF_BYTES = ASK + b',"response_format":{"type":"json_object","schema":{"title":"\xff"}}}'
 NONSENSE = [
     (request("GET /nowhere"), 404, "not_found"),
     (request("GET /v1/chat/completions"), 405, "method_not_allowed"),
@@ -90,6 +91,7 @@ NONSENSE = [
     (request("POST /v1/chat/completions", b"[" * 60_000), 400, "invalid_request"),
     (request("POST /v1/chat/completions", b'{"model":"\xff"}'), 400, "invalid_request"),
     (request("POST /v1/chat/completions", b'{"model":"\\ud800"}'), 400, "invalid_request"),
+    (request("POST /v1/chat/completions", SCHEMA_OF_BYTES), 400, "invalid_request"),
     (request("POST /v1/chat/completions", b'{"messages":[]}'), 400, "invalid_request"),
     (request("POST /v1/completions", b'{"prompt":[1,"a"],"model":"general"}'), 400, "invalid_request"),
     (request("POST /v1/completions", b'{"prompt":[[-1]],"model":"general"}'), 400, "invalid_request"),

@@ -181,6 +181,7 @@ def prompt_of_text(continued: str | Sequence[int]) -> Prompt:
 
 
 _SAMPLING: Final = frozenset(SamplingOverrides.__dataclass_fields__) - {"constraint"}
+_CONSTRAINTS: Final = tuple(kind for kind in ConstraintKind if kind is not ConstraintKind.TOOLS)
 _PRIORITIES: Final = {priority.name.lower(): priority for priority in Priority}
 
 
@@ -219,7 +220,7 @@ def ask(prompt: Prompt, options: Options) -> Ask:
 
 
 def _constraint(given: Mapping[str, Any]) -> Constraint | None:
-    wanted = [kind for kind in ConstraintKind if given.get(kind.value) not in (None, False, "")]
+    wanted = [kind for kind in _CONSTRAINTS if given.get(kind.value) not in (None, False, "")]
     if len(wanted) > 1:
         names = " and ".join(kind.value for kind in wanted)
         raise InvalidRequest(f"{names} exclude each other: an answer matches one", field=wanted[1].value)

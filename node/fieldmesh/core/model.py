@@ -199,6 +199,7 @@ class FinishReason(Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    TOOL_CALLS = "tool_calls"
 
 
 class Priority(Enum):
@@ -210,12 +211,14 @@ class Priority(Enum):
 
 
 class ConstraintKind(Enum):
-    """What a constraint is written in; the value is its field in ``fieldmesh.v1.SamplingParams``."""
+    """What a constraint is written in; the value is its field in ``fieldmesh.v1.SamplingParams``. TOOLS is
+    made by the engine from ``Prompt.tools``, and never sent."""
 
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     GRAMMAR = "grammar"
     JSON_OBJECT = "json_object"
+    TOOLS = "tools"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +231,7 @@ class Constraint:
     @property
     def field(self) -> str:
         """Where the request says it."""
-        return f"sampling_params.{self.kind.value}"
+        return self.kind.value if self.kind is ConstraintKind.TOOLS else f"sampling_params.{self.kind.value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,11 +264,59 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that a model may ask its caller to run. ``parameters`` is the JSON Schema of an object, as
+    text; empty: it takes none."""
+
+    name: str
+    description: str = ""
+    parameters: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """The tools on offer, and how they are to be used.
+
+    ``required``: the answer is a call, of the tool ``named`` where one is; ``single``: it ends with its first
+    call.
+    """
+
+    offered: tuple[Tool, ...]
+    required: bool = False
+    named: str = ""
+    single: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call of a tool. ``arguments`` is what the model wrote: the JSON of an object, if it did well."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallPart:
+    """A piece of one call; ``index`` counts the calls of an answer. ``name`` is whole in the first piece and
+    empty in the others; ``arguments`` are to be joined."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a chat. ``role`` is system, user, assistant or tool."""
+    """One turn of a chat. ``role`` is system, user, assistant or tool.
+
+    ``tool_calls`` are an assistant's; a tool's turn says in ``tool_call_id`` which of them it answers.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +330,7 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     messages: tuple[Message, ...] = ()
     thinking: bool | None = None
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +360,7 @@ class Chunk:
     ``index`` says of which completion, where there are several. ``logprobs`` has one entry for each token, or
     none where they were not asked for. ``text`` may lag behind ``token_ids``: it is held back while it ends
     inside a character or may be the beginning of a stop string. ``reasoning`` is what a thinking model says
-    to itself before it.
+    to itself before it. ``tool_calls`` are pieces of calls, which are no part of the text.
     """
 
     generation_id: str
@@ -319,10 +371,15 @@ class Chunk:
     index: int = 0
     logprobs: tuple[Logprobs, ...] = ()
     reasoning: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
 
     @property
     def next_token_index(self) -> int:
         return self.first_token_index + len(self.token_ids)
+
+    def call_id(self, part: ToolCallPart) -> str:
+        """The id of the call that ``part`` is of: the same in every chunk."""
+        return f"call_{self.generation_id}_{self.index}_{part.index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""Reasoning and answer apart, as a pure function of a generation's bytes.
+"""Reasoning, answer and calls of tools apart, as a pure function of a generation's bytes.
 
-Owns: where the reasoning of a thinking model begins and ends in its text, and how many tokens it took. Must
-not: know templates, tokenizers or sampling.
+Owns: where the reasoning of a thinking model begins and ends in its text, and how many tokens it took (calls
+are ``core.tools``'s). Must not: know templates, tokenizers or sampling.
 
 As in ``core.text``, what has been released after n bytes depends on these bytes alone, never on how they were
 cut; the count of tokens is the one thing that follows the cuts, for tokens are pieces.
@@ -12,9 +12,15 @@ from __future__ import annotations
 import codecs
 from enum import Enum
 
+from fieldmesh.core.model import ToolCallPart
 from fieldmesh.core.text import TextStream, held_back_length
+from fieldmesh.core.tools import CallStream, merged
 
 OPEN, CLOSE = "<think>", "</think>"
+
+
+Released = tuple[str, str, tuple[ToolCallPart, ...]]
+"""Reasoning, answer, and parts of calls."""
 
 
 class _At(Enum):
@@ -24,17 +30,35 @@ class _At(Enum):
 
 
 class AnswerStream:
-    """Bytes in; reasoning and answer out: ``push`` each token's piece, ``finish`` once at the end.
+    """Bytes in; reasoning, answer and calls out: ``push`` each token's piece, ``finish`` once at the end.
 
     ``thinks``: the text may begin with a block between OPEN and CLOSE. ``inside``: the prompt has opened it.
     White space around the reasoning, and between it and the answer, belongs to neither. Stop strings are
-    looked for in the answer alone.
+    looked for in the answer alone, and before its calls are.
     """
 
-    __slots__ = ("_answer", "_at", "_decoder", "_held", "_opened", "_pushed", "_told", "reasoning_tokens")
+    __slots__ = (
+        "_answer",
+        "_at",
+        "_calls",
+        "_decoder",
+        "_held",
+        "_opened",
+        "_pushed",
+        "_told",
+        "reasoning_tokens",
+    )
 
-    def __init__(self, stops: tuple[str, ...] = (), *, thinks: bool = False, inside: bool = False) -> None:
+    def __init__(
+        self,
+        stops: tuple[str, ...] = (),
+        *,
+        thinks: bool = False,
+        inside: bool = False,
+        calls: CallStream | None = None,
+    ) -> None:
         self._answer = TextStream(stops)
+        self._calls = calls
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at = _At.INSIDE if inside else _At.BEFORE if thinks else _At.AFTER
         self._held = ""
@@ -53,18 +77,28 @@ class AnswerStream:
         """The stop string that was found; nothing is released after it."""
         return self._answer.matched_stop
 
-    def push(self, piece: bytes) -> tuple[str, str]:
-        """Take a token's bytes; return the reasoning and the answer that can be released now."""
+    @property
+    def calls(self) -> int:
+        """Calls whose end was seen."""
+        return self._calls.complete if self._calls else 0
+
+    @property
+    def called(self) -> bool:
+        """Whether a call has begun."""
+        return self._calls is not None and self._calls.called
+
+    def push(self, piece: bytes) -> Released:
+        """Take a token's bytes; return what can be released now."""
         self._pushed += 1
         was_inside, was_opened = self.inside, self._opened
-        released = self._take(self._decoder.decode(piece))
+        reasoning, answer = self._take(self._decoder.decode(piece))
         if was_inside:
             self.reasoning_tokens += 1
         elif self._opened and not was_opened:
             self.reasoning_tokens = self._pushed  # that a block has begun has become certain
-        return released
+        return reasoning, *(self._calls.push(answer) if self._calls else (answer, ()))
 
-    def finish(self) -> tuple[str, str]:
+    def finish(self) -> Released:
         """The end of the bytes: what was held back is released."""
         reasoning, answer = self._take(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
@@ -72,7 +106,11 @@ class AnswerStream:
             reasoning += held.rstrip() if held.isspace() else held
         else:
             answer += self._answer.push(held.encode())
-        return reasoning, answer + self._answer.finish()
+        answer += self._answer.finish()
+        if self._calls is None:
+            return reasoning, answer, ()
+        (text, parts), (rest, last) = self._calls.push(answer), self._calls.finish()
+        return reasoning, text + rest, merged((*parts, *last))
 
     def _take(self, characters: str) -> tuple[str, str]:
         text, self._held = self._held + characters, ""

@@ -66,10 +66,13 @@ def check_prompt(prompt: Prompt) -> None:
             raise InvalidRequest(
                 f"role {message.role!r} is not one of {', '.join(ROLES)}", field=f"messages[{index}].role"
             )
-    if not any(m.content.strip() for m in prompt.messages) and prompt.messages:
+    if not any(m.content.strip() or m.tool_calls for m in prompt.messages) and prompt.messages:
         raise InvalidRequest("all messages are empty; at least one needs content", field="messages")
     size = _utf8_bytes(prompt.text or "", "prompt") + 4 * len(prompt.token_ids)
     size += sum(_utf8_bytes(m.content, "prompt") for m in prompt.messages)
+    size += sum(_utf8_bytes(c.arguments, "prompt") for m in prompt.messages for c in m.tool_calls)
+    tools = prompt.tools.offered if prompt.tools else ()
+    size += sum(_utf8_bytes(tool.description + tool.parameters, "tools") for tool in tools)
     if size > PROMPT_BYTES_MAX:
         raise PromptTooLong(
             f"the prompt has {size} bytes; at most {PROMPT_BYTES_MAX} are read", field="prompt"
@@ -125,10 +128,11 @@ def check_sampling(sampling: Sampling) -> None:
             field="logit_bias",
         )
     if sampling.constraint is not None:
-        _check_constraint(sampling.constraint, sampling)
+        check_constraint(sampling.constraint, sampling)
 
 
-def _check_constraint(constraint: Constraint, sampling: Sampling) -> None:
+def check_constraint(constraint: Constraint, sampling: Sampling) -> None:
+    """Raise ConstraintInvalid or InvalidRequest for one that is too large, or that is to be overrun."""
     size = _utf8_bytes(constraint.source, constraint.field)
     if size > CONSTRAINT_BYTES_MAX:
         raise ConstraintInvalid(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import msgspec
 
 from fieldmesh.core.errors import FieldmeshError, Internal, by_code
-from fieldmesh.core.model import Completion, Load, Logprobs, Prompt
+from fieldmesh.core.model import Completion, Load, Logprobs, Prompt, ToolCallPart
 from fieldmesh.engine.port import EngineInfo, Job
 from fieldmesh.engine.settings import EngineSettings
 
@@ -138,6 +138,7 @@ class Tokens(_Message, frozen=True):
     text: str
     logprobs: tuple[Logprobs, ...] = ()
     reasoning: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
 
 
 class Done(_Message, frozen=True):

@@ -1,5 +1,5 @@
-"""One generation of the engine's loop. Owns: its text, its reasoning, and what its next token must be. Must
-not: draw, or know the scheduler.
+"""One generation of the engine's loop. Owns: its text, reasoning and calls, and what its next token must be.
+Must not: draw, or know the scheduler.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fieldmesh.core.model import Logprobs, Sampling
+from fieldmesh.core.model import Logprobs, Sampling, ToolCallPart
 from fieldmesh.core.reasoning import AnswerStream
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """``index`` counts its tokens, ``close_tokens`` end a reasoning that has become too long."""
+    """``index`` counts its tokens, ``close_tokens`` end a reasoning that has become too long, a ``single``
+    call ends the answer."""
 
     key: int
     sampling: Sampling
@@ -28,6 +29,8 @@ class Generation:
     close_tokens: tuple[int, ...] = ()
     text: str = ""
     reasoning: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()
+    single: bool = False
     logprobs: tuple[Logprobs, ...] = ()
 
     @property
@@ -47,7 +50,8 @@ class Generation:
         self.index += 1
         self.logprobs = (drawn.logprobs,) if drawn.logprobs else ()
         if drawn.token_id in self.stop_tokens:
-            self.reasoning = self.text = ""
+            self.reasoning, self.text, self.tool_calls = "", "", ()
             return True
-        self.reasoning, self.text = self.stream.push(piece)
-        return drawn.ends or bool(self.stream.matched_stop)
+        self.reasoning, self.text, self.tool_calls = self.stream.push(piece)
+        called = self.single and self.stream.calls > 0
+        return drawn.ends or called or bool(self.stream.matched_stop)

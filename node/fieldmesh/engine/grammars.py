@@ -24,6 +24,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from fieldmesh.core.errors import ConstraintInvalid, FieldmeshError, Internal, InvalidRequest, QueueFull
 from fieldmesh.core.model import Constraint, ConstraintKind
+from fieldmesh.core.tools import OPEN
 
 Allowed: TypeAlias = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -71,15 +72,46 @@ def _grammar(constraint: Constraint) -> str:
             return LLMatcher.grammar_from_regex(constraint.source)
         case ConstraintKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(constraint.source)
+        case ConstraintKind.TOOLS:
+            return LLMatcher.grammar_from_lark(_calls(constraint))
 
 
-def _json_grammar(constraint: Constraint, source: str) -> str:
+def _calls(constraint: Constraint) -> str:
+    """A call of one of the tools, as ``core.tools`` reads it, or the answer that is wanted otherwise.
+
+    The mark before the object is what tells the two apart from the first character on. Each schema is a
+    document of its own, so that its references hold.
+    """
+    wanted = json.loads(constraint.source)
+    rules = []
+    for index, (name, parameters) in enumerate(wanted["tools"]):
+        head = json.dumps(f'{OPEN}\n{{"name": {json.dumps(name)}, "arguments": ')
+        schema = _inlined(constraint, parameters or '{"additionalProperties": false}')
+        rules.append(f'call_{index}: {head} arguments_{index} "}}"\narguments_{index}: %json {schema}')
+    choices = [f"call_{index}" for index in range(len(rules))]
+    if "answer" in wanted:
+        choices.append("answer")
+        rules.append(f"answer: %json {_inlined(constraint, wanted['answer'] or '{}')}")
+    return "\n".join([f"start: {' | '.join(choices)}", *rules])
+
+
+def _inlined(constraint: Constraint, source: str) -> str:
+    """The schema of an object, with our own options for it."""
+    return json.dumps({"type": "object", **_schema(constraint, source), "x-guidance": _JSON_OPTIONS})
+
+
+def _schema(constraint: Constraint, source: str) -> dict[str, object]:
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise _refused(constraint, f"it is not a JSON document: {error}") from error
     if not isinstance(schema, dict):
         raise _refused(constraint, "a schema must be a JSON object")
+    return schema
+
+
+def _json_grammar(constraint: Constraint, source: str) -> str:
+    _schema(constraint, source)
     try:
         return LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
     except ValueError as error:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, assert_never
 
+from msgspec.structs import replace as replace_struct
+
 from fieldmesh.core.batching import Batcher
 from fieldmesh.core.errors import (
     ConstraintInvalid,
@@ -32,8 +34,9 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.core.reasoning import CLOSE, OPEN, AnswerStream
 from fieldmesh.core.steps import Output, Place, Sampled, Slice, StepPlan, Work
+from fieldmesh.core.tools import CallStream, merged, tools_constraint
 from fieldmesh.engine.chat import ChatTemplate
-from fieldmesh.engine.checks import check_token_ids
+from fieldmesh.engine.checks import check_constraint, check_token_ids
 from fieldmesh.engine.embeddings import EmbeddingQueue, Pooling
 from fieldmesh.engine.frames import (
     Accepted,
@@ -244,7 +247,7 @@ class EngineLoop:
         """Take one command. Errors of a job are reports, not exceptions."""
         match command:
             case Submit():
-                return self._answer(command.key, lambda: self._submit(command, now))
+                return self._answer(command.key, lambda: self._submit(_holding_calls(command), now))
             case Tokenize():
                 return self._answer(
                     command.key, lambda: [Tokenized(command.key, self._tokenize(command.prompt))]
@@ -341,17 +344,20 @@ class EngineLoop:
         biased = tuple(token for token, _ in job.sampling.logit_bias)
         check_token_ids(biased, self._model.vocabulary_tokens, "sampling_params.logit_bias")
         thinks = walk is None and bool(job.prompt.messages) and self._thinks
-        stream, seed = AnswerStream(job.sampling.stop, thinks=thinks, inside=inside), job.sampling.seed
+        tools = job.prompt.tools
+        calls = CallStream(tool.name for tool in tools.offered) if tools else None
+        stream = AnswerStream(job.sampling.stop, thinks=thinks, inside=inside, calls=calls)
         stop_tokens = frozenset(job.sampling.stop_token_ids)
         if not job.sampling.ignore_eos:
             stop_tokens |= self._model.end_tokens
-        seed = self._new_seed() if seed is None else seed
+        seed = self._new_seed() if job.sampling.seed is None else job.sampling.seed
         for token in job.resume_token_ids:
             if token not in stop_tokens:
                 stream.push(self._model.piece(token))  # its text was delivered with it
         if walk is not None:
             walk.replay(job.resume_token_ids)
-        if ended := _ended_before(job, stream, stop_tokens, walk):
+        single = tools is not None and tools.single
+        if ended := _ended_before(job, stream, stop_tokens, walk, single=single):
             return self._nothing_left(command.key, job, stream, ended, len(prompt), seed)
         # An answer may be as long as what the prompt leaves of the context: then it ends with LENGTH.
         context_tokens = self.batcher.config.context_tokens
@@ -383,6 +389,7 @@ class EngineLoop:
             stop_tokens=stop_tokens,
             index=len(job.resume_token_ids),
             close_tokens=self._close_tokens() if thinks else (),
+            single=single,
         )
         return [Accepted(command.key, len(prompt)), self.statistics()]
 
@@ -395,11 +402,13 @@ class EngineLoop:
             completion_tokens=len(job.resume_token_ids),
             reasoning_tokens=stream.reasoning_tokens,
         )
-        completion = Completion(finish_reason=ended, usage=usage, matched_stop=stream.matched_stop, seed=seed)
+        reasoning, text, calls = stream.finish()
+        completion = Completion(
+            finish_reason=_reason(ended, stream), usage=usage, matched_stop=stream.matched_stop, seed=seed
+        )
         reports: list[Report] = [Accepted(key, prompt_tokens)]
-        reasoning, text = stream.finish()
-        if reasoning or text:
-            reports.append(Tokens(key, len(job.resume_token_ids), (), text, (), reasoning))
+        if reasoning or text or calls:
+            reports.append(Tokens(key, len(job.resume_token_ids), (), text, (), reasoning, calls))
         return [*reports, Done(key, completion)]
 
     @property
@@ -421,7 +430,10 @@ class EngineLoop:
                     field="messages",
                 )
             text = self._chat.render(
-                prompt.messages, system_prompt=self._settings.system_prompt, thinking=prompt.thinking
+                prompt.messages,
+                system_prompt=self._settings.system_prompt,
+                thinking=prompt.thinking,
+                tools=prompt.tools.offered if prompt.tools else (),
             )
             self._check_length(text)
             # Templates write the beginning themselves.
@@ -500,20 +512,20 @@ class EngineLoop:
     def _report(self, output: Output) -> list[Report]:
         generation = self._generations[output.id]
         key, reasoning, text = generation.key, generation.reasoning, generation.text
-        tokens = (output.token_id,)
+        tokens, calls = (output.token_id,), generation.tool_calls
         if output.finish is None:
-            return [Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning)]
+            return [Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning, calls)]
         assert output.usage is not None
         self._forget(output.id)
+        last_reasoning, last_text, last_calls = generation.stream.finish()
         completion = Completion(
-            finish_reason=output.finish,
+            finish_reason=_reason(output.finish, generation.stream),
             usage=replace(output.usage, reasoning_tokens=generation.stream.reasoning_tokens),
             matched_stop=generation.stream.matched_stop,
             seed=generation.seed,
         )
-        last_reasoning, last_text = generation.stream.finish()
-        reasoning, text = reasoning + last_reasoning, text + last_text
-        last = Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning)
+        reasoning, text, calls = reasoning + last_reasoning, text + last_text, merged((*calls, *last_calls))
+        last = Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning, calls)
         return [last, Done(key, completion)]
 
     def _forget(self, generation_id: str) -> Generation | None:
@@ -538,11 +550,27 @@ def _answering_at_once(prompt: Prompt, constraint: Constraint) -> Prompt:
     return replace(prompt, thinking=False) if prompt.messages else prompt
 
 
+def _holding_calls(command: Submit) -> Submit:
+    """The job with its answer held to the calls that it must make, or may where a document is wanted."""
+    sampling, tools = command.job.sampling, command.job.prompt.tools
+    if tools is None or not (tools.required or sampling.constraint):
+        return command
+    constraint = tools_constraint(tools, sampling.constraint)
+    check_constraint(constraint, sampling)
+    held = replace(sampling, constraint=constraint)
+    return replace_struct(command, job=replace(command.job, sampling=held))
+
+
+def _reason(ended: FinishReason, stream: AnswerStream) -> FinishReason:
+    return FinishReason.TOOL_CALLS if ended is FinishReason.STOP and stream.called else ended
+
+
 def _ended_before(
-    job: Job, stream: AnswerStream, stop_tokens: frozenset[int], walk: Walk | None
+    job: Job, stream: AnswerStream, stop_tokens: frozenset[int], walk: Walk | None, *, single: bool
 ) -> FinishReason | None:
     """Why a resumed job has nothing left to do; None if it has."""
     resumed = job.resume_token_ids
-    if stream.matched_stop or (resumed and resumed[-1] in stop_tokens) or (walk is not None and walk.ended):
+    stopped = bool(resumed) and resumed[-1] in stop_tokens
+    if stream.matched_stop or stopped or (walk is not None and walk.ended) or (single and stream.calls):
         return FinishReason.STOP
     return FinishReason.LENGTH if len(resumed) >= job.sampling.max_tokens else None

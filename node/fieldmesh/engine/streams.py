@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypeAlias
 
 from fieldmesh.core.errors import FieldmeshError, InvalidRequest, QueueFull, SlowReader
-from fieldmesh.core.model import Chunk, Completion, Logprobs
+from fieldmesh.core.model import Chunk, Completion, Logprobs, ToolCallPart
+from fieldmesh.core.tools import merged
 from fieldmesh.engine.frames import (
     Accepted,
     Cancel,
@@ -43,6 +44,7 @@ class _Stream:
         self.texts: list[str] = []
         self.reasonings: list[str] = []
         self.logprobs: list[Logprobs] = []
+        self.tool_calls: list[ToolCallPart] = []
         self.next_index = len(job.resume_token_ids)
         self.end: Completion | FieldmeshError | None = None
         self.changed = asyncio.Event()
@@ -72,12 +74,14 @@ class _Stream:
             text="".join(self.texts),
             logprobs=tuple(self.logprobs),
             reasoning="".join(self.reasonings),
+            tool_calls=merged(self.tool_calls),
         )
         self.next_index = chunk.next_token_index
         self.token_ids.clear()
         self.texts.clear()
         self.reasonings.clear()
         self.logprobs.clear()
+        self.tool_calls.clear()
         return chunk
 
 
@@ -160,6 +164,7 @@ class Streams:
                 stream.texts.append(report.text)
                 stream.reasonings.append(report.reasoning)
                 stream.logprobs.extend(report.logprobs)
+                stream.tool_calls.extend(report.tool_calls)
                 if len(stream.token_ids) > self._stream_tokens_max and stream.slow_timer is None:
                     self._pause(stream)
             case Done():
@@ -197,6 +202,7 @@ class Streams:
         stream.texts.clear()
         stream.reasonings.clear()
         stream.logprobs.clear()
+        stream.tool_calls.clear()
         stream.end = SlowReader(
             f"the stream was not read for {self._slow_reader_timeout_s:g} s with {unread} tokens waiting; "
             "its generation was ended",

@@ -6,6 +6,7 @@ ignored: the mesh decides it. Bounds are those of ``rpc.inference``. Must not: p
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from fieldmesh.core.model import (
     Constraint,
     ConstraintKind,
     Embeddings,
+    FinishReason,
     MeshView,
     ProfileOffer,
     Result,
@@ -25,8 +27,18 @@ from fieldmesh.core.model import (
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.errors import clipped
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.rpc.openai import AUTO, SEEDS, Resolve, Unsupported, Wanted, parsed, schema_constraint
-from fieldmesh.rpc.openai_answers import encode, told
+from fieldmesh.rpc.openai import (
+    AUTO,
+    SEEDS,
+    Resolve,
+    Tool,
+    Unsupported,
+    Wanted,
+    offered_function,
+    parsed,
+    schema_constraint,
+)
+from fieldmesh.rpc.openai_answers import Calls, encode, told
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 
@@ -49,13 +61,26 @@ class Options(msgspec.Struct):
     presence_penalty: float | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    """What an assistant called."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class ToolCall(msgspec.Struct):
+    """One of an assistant's ``tool_calls``."""
+
+    function: CalledFunction
+
+
 class Turn(msgspec.Struct):
     """One turn of a conversation."""
 
     role: str
     content: str | None = None
     images: list[Any] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Asked(msgspec.Struct):
@@ -73,7 +98,7 @@ class Chat(Asked):
     """Body of ``/api/chat``."""
 
     messages: list[Turn] = []
-    tools: list[Any] | None = None
+    tools: list[Tool] | None = None
 
 
 class Generate(Asked):
@@ -131,15 +156,19 @@ def loaded_document(name: str, *, chat: bool, created: float) -> bytes:
 def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
     """What the body of ``/api/chat`` asks for. Raises InvalidRequest."""
     body = parsed(data, Chat)
-    if body.tools:
-        raise Unsupported("tools are not supported by this mesh yet; leave them out", field="tools")
+    messages = []
     for index, turn in enumerate(body.messages):
-        for field in ("images", "tool_calls"):
-            if getattr(turn, field):
-                where = f"messages[{index}].{field}"
-                raise Unsupported(f"{where}: this mesh reads text only", field=where)
-    messages = [pb.ChatMessage(role=turn.role, content=turn.content or "") for turn in body.messages]
-    return _chat(body, messages, request_id, resolve, limits)
+        if turn.images:
+            where = f"messages[{index}].images"
+            raise Unsupported(f"{where}: this mesh reads text only", field=where)
+        calls = [
+            pb.ToolCall(name=call.function.name, arguments=encode(call.function.arguments).decode())
+            for call in turn.tool_calls or ()
+        ]
+        messages.append(pb.ChatMessage(role=turn.role, content=turn.content or "", tool_calls=calls))
+    offered = [offered_function(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
+    tools = pb.Tools(offered=offered) if offered else None
+    return _chat(body, messages, request_id, resolve, limits, tools)
 
 
 def generate_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
@@ -160,12 +189,17 @@ def generate_wanted(data: bytes, request_id: str, resolve: Resolve, limits: Requ
 
 
 def _chat(
-    body: Asked, messages: list[pb.ChatMessage], request_id: str, resolve: Resolve, limits: RequestLimits
+    body: Asked,
+    messages: list[pb.ChatMessage],
+    request_id: str,
+    resolve: Resolve,
+    limits: RequestLimits,
+    tools: pb.Tools | None = None,
 ) -> Wanted:
     if body.images:
         raise Unsupported("images: this mesh reads text only", field="images")
     target = wire.target_to_proto(resolve(plain(body.model)))
-    request = pb.ChatRequest(request_id=request_id, target=target, messages=messages)
+    request = pb.ChatRequest(request_id=request_id, target=target, messages=messages, tools=tools)
     if body.think is not None:
         request.enable_thinking = bool(body.think)
     fill_params(request.sampling_params, _overrides(body))
@@ -244,39 +278,49 @@ class Lines:
         self._tail = b'},"done":false}\n' if chat else b',"done":false}\n'
         self._text: list[str] = []
         self._thinking: list[str] = []
+        self._calls = Calls()
 
     def event(self, chunk: Chunk) -> bytes:
-        """The line of one chunk; nothing where it tells nothing yet."""
+        """The line of one chunk; nothing where it tells nothing yet. Calls come whole, at the end."""
+        self._calls.add(chunk)
         if not (chunk.text or chunk.reasoning):
             return b""
         thinking = b',"thinking":' + encode(chunk.reasoning) if chunk.reasoning else b""
         return b"".join((self._head, encode(chunk.text), thinking, self._tail))
 
     def end(self, result: Result) -> bytes:
-        """The line that ends the stream."""
-        return self._last("", "", result) + b"\n"
+        """The lines that end the stream."""
+        calls = self._called()
+        called = encode({"role": "assistant", "content": "", "tool_calls": calls})
+        line = encode(self._about)[:-1] + b',"message":' + called + b',"done":false}\n' if calls else b""
+        return line + self._last({"content": ""}, result) + b"\n"
 
     def add(self, chunk: Chunk) -> None:
         """Keep a chunk for ``document``."""
         self._text.append(chunk.text)
         self._thinking.append(chunk.reasoning)
+        self._calls.add(chunk)
 
     def document(self, result: Result) -> bytes:
         """The whole answer."""
-        return self._last("".join(self._text), "".join(self._thinking), result)
+        said: dict[str, Any] = {"content": "".join(self._text)}
+        if thinking := "".join(self._thinking):
+            said["thinking"] = thinking
+        if calls := self._called():
+            said["tool_calls"] = calls
+        return self._last(said, result)
 
-    def _last(self, text: str, thinking: str, result: Result) -> bytes:
-        thought = {"thinking": thinking} if thinking else {}
-        said: dict[str, Any] = {"response": text, **thought}
-        if self._chat:
-            said = {"message": {"role": "assistant", "content": text, **thought}}
-        usage = result.completion.usage
+    def _last(self, message: dict[str, Any], result: Result) -> bytes:
+        said: dict[str, Any] = {"message": {"role": "assistant", **message}}
+        if not self._chat:
+            said = {"response": message.pop("content"), **message}
+        usage, why = result.completion.usage, result.completion.finish_reason
         return encode(
             {
                 **self._about,
                 **said,
                 "done": True,
-                "done_reason": result.completion.finish_reason.value,
+                "done_reason": "stop" if why is FinishReason.TOOL_CALLS else why.value,
                 "total_duration": int(result.duration_s * _NS),
                 "load_duration": 0,
                 "prompt_eval_count": usage.prompt_tokens,
@@ -285,6 +329,15 @@ class Lines:
                 "eval_duration": int(max(0.0, result.duration_s - result.ttft_s) * _NS),
             }
         )
+
+    def _called(self) -> list[dict[str, Any]]:
+        """The calls whose arguments are whole: here they are an object, and not text that may be cut off."""
+        called = []
+        for call in self._calls.of(0):
+            with suppress(msgspec.MsgspecError):
+                arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
+                called.append({"id": call.id, "function": {"name": call.name, "arguments": arguments}})
+        return called
 
 
 # --- what there is -----------------------------------------------------------------------

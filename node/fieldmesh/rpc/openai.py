@@ -61,12 +61,55 @@ class Part(msgspec.Struct):
     text: str | None = None
 
 
+class Function(msgspec.Struct):
+    """A function on offer."""
+
+    name: str
+    description: str | None = None
+    parameters: msgspec.Raw = msgspec.Raw(b"")
+
+
+class Tool(msgspec.Struct):
+    """One of ``tools``."""
+
+    type: str
+    function: Function | None = None
+
+
+class CalledFunction(msgspec.Struct):
+    """What an assistant called; the arguments are JSON within JSON."""
+
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(msgspec.Struct):
+    """One of an assistant's ``tool_calls``."""
+
+    function: CalledFunction
+    id: str = ""
+
+
+class NamedFunction(msgspec.Struct):
+    """The one function that ``tool_choice`` demands."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct):
+    """``tool_choice`` where it demands one function."""
+
+    type: str
+    function: NamedFunction | None = None
+
+
 class ChatMessage(msgspec.Struct):
     """One turn of a conversation."""
 
     role: str
     content: str | list[Part] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
 
 
@@ -107,9 +150,11 @@ class ChatCompletion(Completion):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
+    function_call: Any = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateSwitches | None = None
@@ -164,6 +209,7 @@ class Unsupported(InvalidRequest):
 def parsed(data: bytes, kind: type[Body]) -> Body:
     """The body of a request as ``kind``. Raises InvalidRequest, naming the parameter at fault."""
     try:
+        data.decode()  # what is skipped, or kept as it stands, is not read otherwise
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         found = _AT.fullmatch(str(error))
@@ -192,10 +238,9 @@ def model_names(view: MeshView) -> list[str]:
 def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
     """What the body of a chat completion asks for. Raises InvalidRequest."""
     body = parsed(data, ChatCompletion)
-    if body.tools and body.tool_choice != "none":
-        raise Unsupported("tools are not supported by this mesh yet; leave them out", field="tools")
-    if body.functions:
-        raise Unsupported("functions are not supported by this mesh; leave them out", field="functions")
+    if body.functions or body.function_call:
+        field = "functions" if body.functions else "function_call"
+        raise Unsupported(f"{field}: OpenAI has replaced functions by tools; send those", field=field)
     if set(body.modalities or ()) - {"text"}:
         raise Unsupported("modalities: this mesh answers in text only", field="modalities")
     tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -211,6 +256,8 @@ def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
         thinking = False
     if thinking is not None:
         request.enable_thinking = thinking
+    if (tools := _tools(body)) is not None:
+        request.tools.CopyFrom(tools)
     fill_params(request.sampling_params, _overrides(body, tokens, logprobs))
     return _wanted(wire.ask_from_chat(request, limits), body)
 
@@ -259,10 +306,10 @@ def _wanted(ask: Ask, body: Completion) -> Wanted:
 
 def _message(message: ChatMessage, index: int) -> pb.ChatMessage:
     field = f"messages[{index}]"
-    if message.tool_calls or message.function_call:
+    if message.function_call:
         raise Unsupported(
-            f"{field}.tool_calls are not supported by this mesh yet; leave them out",
-            field=f"{field}.tool_calls",
+            f"{field}.function_call: OpenAI has replaced it by tool_calls; send those",
+            field=f"{field}.function_call",
         )
     content = message.content or ""
     if not isinstance(content, str):
@@ -274,7 +321,48 @@ def _message(message: ChatMessage, index: int) -> pb.ChatMessage:
                 )
         content = "\n".join(part.text or "" for part in content)
     role = "system" if message.role == "developer" else message.role
-    return pb.ChatMessage(role=role, content=content)
+    calls = [
+        pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments or "{}")
+        for call in message.tool_calls or ()
+    ]
+    return pb.ChatMessage(
+        role=role, content=content, tool_calls=calls, tool_call_id=message.tool_call_id or ""
+    )
+
+
+def _tools(body: ChatCompletion) -> pb.Tools | None:
+    """The tools on offer; None where the model is to call none."""
+    choice = body.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) and choice.function else ""
+    accepted = named or choice in (None, "auto", "none", "required")
+    if not accepted:
+        raise InvalidRequest(
+            "tool_choice is none of auto, none, required and {type: function, function: {name}}",
+            field="tool_choice",
+        )
+    if not body.tools:
+        if named or choice == "required":
+            raise InvalidRequest("tool_choice demands a call, and tools offers none", field="tool_choice")
+        return None
+    offered = [offered_function(tool, f"tools[{index}]") for index, tool in enumerate(body.tools)]
+    if choice == "none":
+        return None
+    single = body.parallel_tool_calls is False
+    return pb.Tools(offered=offered, required=choice == "required", named=named, single=single)
+
+
+def offered_function(tool: Tool, field: str) -> pb.Tool:
+    """One of ``tools``, where ``field`` says. Raises Unsupported for what is no function."""
+    if tool.type != "function" or tool.function is None:
+        raise Unsupported(
+            f"{field} is of type {tool.type[:40]!r}; this mesh knows functions", field=f"{field}.type"
+        )
+    function, schema = tool.function, bytes(tool.function.parameters)
+    return pb.Tool(
+        name=function.name,
+        description=function.description or "",
+        parameters="" if schema in (b"", b"null") else schema.decode(),
+    )
 
 
 def _one_prompt(prompt: str | list[PromptPart] | None) -> str | Sequence[object]:

@@ -10,12 +10,22 @@ import struct
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
 
 from fieldmesh.core.errors import FieldmeshError, Status
-from fieldmesh.core.model import Chunk, Completion, Embeddings, Logprobs, Result, TokenLogprob
+from fieldmesh.core.model import (
+    Chunk,
+    Completion,
+    Embeddings,
+    Logprobs,
+    Result,
+    TokenLogprob,
+    ToolCall,
+    ToolCallPart,
+)
 from fieldmesh.rpc.errors import METADATA_VALUE_CHARS_MAX, clipped
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -58,7 +68,7 @@ def error_document(error: FieldmeshError) -> bytes:
 
 def told(text: str) -> str:
     """``text`` without the prefixes that fields have in our own protocol."""
-    return text.replace("sampling_params.", "").replace("target.", "")
+    return text.replace("sampling_params.", "").replace("target.", "").replace("tools.named", "tool_choice")
 
 
 def error_event(error: FieldmeshError) -> bytes:
@@ -114,6 +124,7 @@ class Answer:
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._reasoning: defaultdict[int, list[str]] = defaultdict(list)
         self._logprobs: defaultdict[int, list[Logprobs]] = defaultdict(list)
+        self._calls = Calls()
         self._offsets: defaultdict[int, int] = defaultdict(int)
         self._begun: set[int] = set()
         self._object = "chat.completion.chunk" if chat else "text_completion"
@@ -133,7 +144,7 @@ class Answer:
     def event(self, chunk: Chunk) -> bytes:
         """The event of one chunk; nothing where it tells nothing yet."""
         first = chunk.index not in self._begun
-        if not (chunk.text or chunk.logprobs or chunk.reasoning or first):
+        if not (chunk.text or chunk.logprobs or chunk.reasoning or chunk.tool_calls or first):
             return b""
         self._begun.add(chunk.index)
         opening = self._first_text if first else self._text
@@ -144,6 +155,8 @@ class Answer:
         text = encode(chunk.text)
         if chunk.reasoning and self._chat:
             text += b',"reasoning_content":' + encode(chunk.reasoning)
+        if chunk.tool_calls and self._chat:
+            text += b',"tool_calls":' + encode([_call_part(chunk, part) for part in chunk.tool_calls])
         return b"".join((self._head, index, opening, text, self._text_end, logprobs, self._tail))
 
     def end(self, result: Result) -> bytes:
@@ -165,6 +178,7 @@ class Answer:
         """Keep a chunk for ``document``."""
         self._texts[chunk.index].append(chunk.text)
         self._reasoning[chunk.index].append(chunk.reasoning)
+        self._calls.add(chunk)
         self._logprobs[chunk.index].extend(chunk.logprobs)
 
     def document(self, result: Result) -> bytes:
@@ -187,8 +201,20 @@ class Answer:
         text, reasoning = "".join(self._texts[index]), "".join(self._reasoning[index])
         if not self._chat:
             return {"text": text}
-        thought = {"reasoning_content": reasoning} if reasoning else {}
-        return {"message": {"role": "assistant", "content": text, "refusal": None, **thought}}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls := self._calls.of(index):
+            message["content"] = text or None
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in calls
+            ]
+        return {"message": message}
 
     # --- log-probabilities ---------------------------------------------------------------
 
@@ -211,6 +237,31 @@ class Answer:
             "top_logprobs": [{_piece(other): _logprob(other) for other in entry.top} for entry in entries],
             "text_offset": offsets,
         }
+
+
+class Calls:
+    """The calls of an answer, put together from their pieces."""
+
+    def __init__(self) -> None:
+        self._by_choice: defaultdict[int, dict[int, ToolCall]] = defaultdict(dict)
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep the pieces that a chunk holds."""
+        calls = self._by_choice[chunk.index]
+        for part in chunk.tool_calls:
+            begun = calls.get(part.index) or ToolCall(id=chunk.call_id(part), name=part.name, arguments="")
+            calls[part.index] = replace(begun, arguments=begun.arguments + part.arguments)
+
+    def of(self, index: int) -> list[ToolCall]:
+        """Those of one completion, in order."""
+        return list(self._by_choice[index].values())
+
+
+def _call_part(chunk: Chunk, part: ToolCallPart) -> dict[str, Any]:
+    if not part.name:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": chunk.call_id(part), "type": "function", "function": function}
 
 
 def _piece(entry: TokenLogprob) -> str:

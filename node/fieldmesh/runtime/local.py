@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from fieldmesh.core.model import Ask, Chunk, Completion, Embeddings, FinishReason, Prompt, RequestId, Usage
+from fieldmesh.core.tools import merged
 from fieldmesh.engine.port import Job, JobEvent, Started
 from fieldmesh.runtime.choices import choice_samplings, together
 from fieldmesh.runtime.models import Models
@@ -142,4 +143,5 @@ def _joined(first: Chunk, second: Chunk) -> Chunk:
         text=first.text + second.text,
         logprobs=first.logprobs + second.logprobs,
         reasoning=first.reasoning + second.reasoning,
+        tool_calls=merged(first.tool_calls + second.tool_calls),
     )

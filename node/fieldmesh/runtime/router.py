@@ -55,7 +55,9 @@ def question(prompt: Prompt) -> str:
 
 def prompt_bytes(prompt: Prompt) -> int:
     """Size of a prompt's text."""
-    return len(prompt.text or "") + sum(len(message.content) for message in prompt.messages)
+    tools = prompt.tools.offered if prompt.tools else ()
+    said = sum(len(m.content) + sum(len(c.arguments) for c in m.tool_calls) for m in prompt.messages)
+    return len(prompt.text or "") + said + sum(len(t.description) + len(t.parameters) for t in tools)
 
 
 class Router:
