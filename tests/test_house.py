@@ -36,7 +36,9 @@ FOREIGN = {
     "cryptography": ("runtime/",),
     "prometheus_client": ("runtime/metrics",),
     "structlog": ("runtime/",),
-    "starlette": ("runtime/http_door", "runtime/http_openai", "runtime/http_ollama"),
+    "starlette": (
+        *("runtime/http_door", "runtime/http_openai", "runtime/http_responses", "runtime/http_ollama"),
+    ),
     "uvicorn": ("runtime/http_server", "runtime/http_protocol"),
     "h11": ("runtime/http_protocol",),
     "typer": ("cli/", "__main__"),

@@ -219,11 +219,7 @@ class Answer:
     # --- log-probabilities ---------------------------------------------------------------
 
     def _chat_logprobs(self, index: int, entries: tuple[Logprobs, ...]) -> dict[str, Any]:
-        content = [
-            {**_token(entry.drawn), "top_logprobs": [_token(other) for other in entry.top]}
-            for entry in entries
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": likelihoods(entries), "refusal": None}
 
     def _text_logprobs(self, index: int, entries: tuple[Logprobs, ...]) -> dict[str, Any]:
         tokens = [_piece(entry.drawn) for entry in entries]
@@ -237,6 +233,13 @@ class Answer:
             "top_logprobs": [{_piece(other): _logprob(other) for other in entry.top} for entry in entries],
             "text_offset": offsets,
         }
+
+
+def likelihoods(entries: Sequence[Logprobs]) -> list[dict[str, Any]]:
+    """How likely each token of an answer was, and the likeliest in its place."""
+    return [
+        {**_token(entry.drawn), "top_logprobs": [_token(other) for other in entry.top]} for entry in entries
+    ]
 
 
 class Calls:

@@ -59,6 +59,8 @@ class Exchange:
         self.parameters: dict[str, Any] = {}
         self.body = b""
         self.started = False
+        self.failing: Told | None = None
+        """How this one answer, once begun, says an error; None: as its endpoint does."""
         self._send = send
         theirs = self.headers.get("x-request-id", "")
         self.echoed = theirs if REQUEST_ID.fullmatch(theirs) else ""
@@ -189,7 +191,7 @@ class Endpoint:
     async def _fail(self, exchange: Exchange, error: FieldmeshError) -> None:
         logger.info("request_refused", code=error.code, error=error.message, field=error.field)
         if exchange.started:
-            await exchange.end(self._event(error))
+            await exchange.end((exchange.failing or self._event)(error))
             return
         headers = []
         if error.retry_after_s is not None:
@@ -257,7 +259,7 @@ def application(routes: Sequence[Route], origins: Sequence[str]) -> ASGIApp:
     return CORSMiddleware(
         guarded,
         allow_origins=origins,
-        allow_methods=("GET", "POST"),
+        allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
         expose_headers=TOLD_HEADERS,
     )

@@ -325,11 +325,12 @@ class Node:
         from fieldmesh.runtime.http_door import application
         from fieldmesh.runtime.http_ollama import Ollama
         from fieldmesh.runtime.http_openai import OpenAi
+        from fieldmesh.runtime.http_responses import Responses
 
         body_bytes_max = self.config.limits.message_bytes_max
         apis = [
             api(self._service, self._limits, calls=self._calls, body_bytes_max=body_bytes_max)
-            for api in (OpenAi, Ollama)
+            for api in (OpenAi, Responses, Ollama)
         ]
         origins = self.config.listen.http_origins.replace(",", " ").split()
         return application([route for api in apis for route in api.routes()], origins)
