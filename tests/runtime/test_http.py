@@ -32,7 +32,9 @@ async def site(tmp_path: Path, tiny: Path) -> AsyncIterator[Site]:
     async with new_site(tmp_path, tiny) as made:
         await made.start(
             "general",
-            listen=ListenSlice(client=ANY, peer=ANY, metrics=None, http=ANY, http_origins=FRIEND),
+            listen=ListenSlice(
+                client=ANY, peer=ANY, metrics=None, http=ANY, http_origins=FRIEND, advertise="clinic.example"
+            ),
             limits=LimitsSlice(message_bytes_max=65_536, prompt_bytes_max=65_536),
         )
         await made.formed()
@@ -101,6 +103,7 @@ NONSENSE = [
     (request("POST /v1/chat/completions", b"x" * 70_000), 413, "body_too_large"),
     (request("GET /health", b"", "Origin: https://evil.example"), 403, "origin_not_allowed"),
     (request("GET /health", b"", "Origin: null"), 403, "origin_not_allowed"),
+    (request("GET /health", b"", "Origin: http://[evil"), 403, "origin_not_allowed"),
 ]
 
 
@@ -129,6 +132,61 @@ async def test_pages_of_its_own_and_of_friends_may_ask(node: Node) -> None:
     asked = f"Origin: {FRIEND}", "Access-Control-Request-Method: POST"
     preflight = await said(node, request("OPTIONS /v1/chat/completions", b"", *asked))
     assert (status(preflight), header(preflight, "access-control-allow-origin")) == (200, [FRIEND])
+
+
+@pytest.mark.parametrize(
+    ("host", "welcome"),
+    [
+        *[(name, True) for name in ("127.0.0.1", "127.0.0.1:7480", "[::1]:7480", "10.1.2.3", "localhost:1")],
+        *[(name, True) for name in ("general", "box.local", "box.lan:80", "BOX.LOCAL.", "a.b.internal")],
+        *[(name, True) for name in ("friend.example", "clinic.example:443", "")],
+        *[(name, False) for name in ("evil.example", "evil.example:7480", "127.0.0.1.evil.example")],
+        *[(name, False) for name in ("local.evil.example", "evil.example.", "[evil.example]", "x.y:z")],
+    ],
+)
+async def test_a_page_that_made_its_own_name_point_here_is_refused(
+    node: Node, host: str, welcome: bool
+) -> None:
+    for origin in ("", f"Origin: http://{host}\r\n"):  # a browser sends none with the GETs of such a page
+        head = f"GET /health HTTP/1.1\r\nHost: {host}\r\n{origin}Connection: close\r\n\r\n"
+        answer = await said(node, head.encode())
+        assert (status(answer) == 200) is welcome
+        if not welcome:
+            assert (status(answer), error(answer)["code"]) == (403, "host_not_allowed")
+
+
+async def test_where_any_page_may_ask_no_name_is_refused(tmp_path: Path, tiny: Path) -> None:
+    async with new_site(tmp_path, tiny) as made:
+        listen = ListenSlice(client=ANY, peer=ANY, metrics=None, http=ANY, http_origins="*")
+        node = await made.start("general", listen=listen)
+        assert status(await said(node, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n")) == 200
+
+
+async def test_requests_of_one_user_or_one_key_share_a_tenant(
+    site: Site, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    engine = site.engines["general"]
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda job: seen.append(job.tenant) or submit(job))
+    ask = b'{"model":"general","prompt":"x","max_tokens":1,"num_predict":1%s}'
+    keys = (
+        "Authorization: Bearer sk-1",
+        "Authorization: Bearer sk-1",
+        "Authorization: Bearer sk-2",
+        "X-No: key",
+    )
+    for key in keys:
+        for path in ("/v1/completions", "/api/generate"):
+            await said(node, request(f"POST {path}", ask % b"", key))
+    users = b',"user":"ann"', b',"user":"Ann Smith"', b',"user":"ann","safety_identifier":"bo"'
+    for user in users:
+        await said(node, request("POST /v1/completions", ask % user, keys[0]))
+    one, _, _, _, two, _, nobody, *_ = seen
+    assert seen[:8] == [one] * 4 + [two] * 2 + [nobody] * 2
+    assert (len({one, two}), nobody, seen[8], seen[10]) == (2, "", "ann", "bo")
+    assert seen[9].startswith("user-")
+    assert not any("sk-" in tenant or "Smith" in tenant for tenant in seen)
 
 
 async def test_a_head_request_has_no_body(node: Node) -> None:

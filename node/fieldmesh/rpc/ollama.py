@@ -153,7 +153,7 @@ def loaded_document(name: str, *, chat: bool, created: float) -> bytes:
     return encode({**about, **said, "done": True, "done_reason": "load"})
 
 
-def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
+def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits, caller: str) -> Wanted:
     """What the body of ``/api/chat`` asks for. Raises InvalidRequest."""
     body = parsed(data, Chat)
     messages = []
@@ -168,38 +168,36 @@ def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
         messages.append(pb.ChatMessage(role=turn.role, content=turn.content or "", tool_calls=calls))
     offered = [offered_function(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
     tools = pb.Tools(offered=offered) if offered else None
-    return _chat(body, messages, request_id, resolve, limits, tools)
+    request = pb.ChatRequest(request_id=request_id, messages=messages, tools=tools, tenant=caller)
+    return _chat(body, request, resolve, limits)
 
 
-def generate_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
+def generate_wanted(
+    data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits, caller: str
+) -> Wanted:
     """What the body of ``/api/generate`` asks for; ``raw``: a prompt as it stands. Raises InvalidRequest."""
     body = parsed(data, Generate)
     if body.suffix:
         raise Unsupported("suffix is not supported by this mesh; leave it out", field="suffix")
     if body.raw:
         request = pb.GenerateRequest(
-            request_id=request_id, target=wire.target_to_proto(resolve(plain(body.model)))
+            request_id=request_id,
+            target=wire.target_to_proto(resolve(plain(body.model))),
+            prompt=body.prompt or "",
+            tenant=caller,
         )
-        request.prompt = body.prompt or ""
         fill_params(request.sampling_params, _overrides(body))
         return _wanted(wire.ask_from_generate(request, limits), body)
     turns = (("system", body.system), ("user", body.prompt))
     messages = [pb.ChatMessage(role=role, content=content) for role, content in turns if content]
-    return _chat(body, messages, request_id, resolve, limits)
+    asked = pb.ChatRequest(request_id=request_id, messages=messages, tenant=caller)
+    return _chat(body, asked, resolve, limits)
 
 
-def _chat(
-    body: Asked,
-    messages: list[pb.ChatMessage],
-    request_id: str,
-    resolve: Resolve,
-    limits: RequestLimits,
-    tools: pb.Tools | None = None,
-) -> Wanted:
+def _chat(body: Asked, request: pb.ChatRequest, resolve: Resolve, limits: RequestLimits) -> Wanted:
     if body.images:
         raise Unsupported("images: this mesh reads text only", field="images")
-    target = wire.target_to_proto(resolve(plain(body.model)))
-    request = pb.ChatRequest(request_id=request_id, target=target, messages=messages, tools=tools)
+    request.target.CopyFrom(wire.target_to_proto(resolve(plain(body.model))))
     if body.think is not None:
         request.enable_thinking = bool(body.think)
     fill_params(request.sampling_params, _overrides(body))

@@ -8,6 +8,7 @@ the answer and cannot be obeyed is refused. Must not: perform I/O, or know HTTP.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ class Completion(msgspec.Struct):
     """What chat and text completions have in common. Those behind ``ignore_eos`` are vLLM's additions."""
 
     model: str = AUTO
+    user: str | None = None
+    safety_identifier: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -235,7 +238,18 @@ def model_names(view: MeshView) -> list[str]:
     return list(dict.fromkeys([AUTO, *profiles, *sorted({offer.model for offer in offers})]))
 
 
-def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
+def tenant_of(caller: str, *users: str | None) -> str:
+    """Whose request it is: the user that the caller names, else the ``caller`` itself.
+
+    Only for fair shares at a node that is full: nobody is known by it, and nothing is allowed by it.
+    """
+    user = next((user for user in users if user), "")
+    if not user or wire.REQUEST_ID.fullmatch(user):
+        return user or caller
+    return f"user-{hashlib.sha256(user.encode()).hexdigest()[:32]}"
+
+
+def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits, caller: str) -> Wanted:
     """What the body of a chat completion asks for. Raises InvalidRequest."""
     body = parsed(data, ChatCompletion)
     if body.functions or body.function_call:
@@ -249,7 +263,10 @@ def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
         raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
     messages = [_message(message, index) for index, message in enumerate(body.messages)]
     request = pb.ChatRequest(
-        request_id=request_id, target=wire.target_to_proto(resolve(body.model)), messages=messages
+        request_id=request_id,
+        target=wire.target_to_proto(resolve(body.model)),
+        messages=messages,
+        tenant=tenant_of(caller, body.safety_identifier, body.user),
     )
     thinking = body.chat_template_kwargs.enable_thinking if body.chat_template_kwargs else None
     if thinking is None and body.reasoning_effort == "none":
@@ -262,7 +279,7 @@ def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
     return _wanted(wire.ask_from_chat(request, limits), body)
 
 
-def text_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits) -> Wanted:
+def text_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits, caller: str) -> Wanted:
     """What the body of a text completion asks for. Raises InvalidRequest."""
     body = parsed(data, TextCompletion)
     if body.echo:
@@ -271,7 +288,11 @@ def text_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
         raise Unsupported("suffix is not supported by this mesh; leave it out", field="suffix")
     if (body.best_of or 1) > (body.n or 1):
         raise Unsupported("best_of is not supported by this mesh; use n", field="best_of")
-    request = pb.GenerateRequest(request_id=request_id, target=wire.target_to_proto(resolve(body.model)))
+    request = pb.GenerateRequest(
+        request_id=request_id,
+        target=wire.target_to_proto(resolve(body.model)),
+        tenant=tenant_of(caller, body.safety_identifier, body.user),
+    )
     prompt = _one_prompt(body.prompt)
     if isinstance(prompt, str):
         request.prompt = prompt

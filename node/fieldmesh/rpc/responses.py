@@ -16,7 +16,7 @@ from fieldmesh.core.errors import InvalidRequest
 from fieldmesh.core.model import Constraint, ConstraintKind, Message, SamplingOverrides
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.rpc.openai import AUTO, Resolve, Unsupported, Wanted, parsed, schema_constraint
+from fieldmesh.rpc.openai import AUTO, Resolve, Unsupported, Wanted, parsed, schema_constraint, tenant_of
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 
@@ -112,6 +112,7 @@ class Body(msgspec.Struct):
     top_logprobs: int | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
@@ -127,7 +128,7 @@ class ResponseWanted(Wanted):
 
 
 def response_wanted(
-    data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits, earlier: Earlier
+    data: bytes, request_id: str, resolve: Resolve, limits: RequestLimits, caller: str, earlier: Earlier
 ) -> ResponseWanted:
     """What the body of a response asks for. Raises InvalidRequest."""
     body = parsed(data, Body)
@@ -143,6 +144,7 @@ def response_wanted(
         request_id=request_id,
         target=wire.target_to_proto(resolve(body.model)),
         messages=[*instructed, *wire.messages_to_proto(before), *given],
+        tenant=tenant_of(caller, body.safety_identifier, body.user),
     )
     if body.reasoning is not None and body.reasoning.effort == "none":
         request.enable_thinking = False
@@ -271,6 +273,7 @@ def _told(body: Body) -> dict[str, Any]:
         "max_tool_calls": None,
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "safety_identifier": body.safety_identifier,
         "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
         "store": body.store is not False,

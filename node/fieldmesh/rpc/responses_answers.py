@@ -109,8 +109,8 @@ class _Called(_Item):
 
 
 class Response:
-    """One response. ``told`` is what it repeats of its request, ``created`` a Unix time in seconds; it is given
-    to ``on_end`` before its end is told."""
+    """One response. ``told`` is what it repeats of its request, ``created`` a Unix time in seconds.
+    ``on_end`` is called with it before its end is told."""
 
     content_type = "text/event-stream; charset=utf-8"
 

@@ -1,20 +1,21 @@
 """The border of every HTTP route: one request in, one answer or one coded error out.
 
 Owns: reading a body within its bounds, request ids, cancelling the work of a caller who left, translating
-what a handler raises, counting requests by how they ended, and refusing web pages of other origins. Must
-not: know any API.
+what a handler raises, counting requests by how they ended, and refusing web pages of other origins, those too
+that made their own name point here. Must not: know any API.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from email.utils import formatdate
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -35,6 +36,8 @@ BODY_TIMEOUT_S = 60.0
 TOLD_HEADERS = ("x-request-id", "x-fieldmesh-served-by", "x-fieldmesh-profile", "x-fieldmesh-attempts")
 JSON = "application/json"
 _ECHOED_CHARS_MAX = 40
+_OUT_OF_PUBLIC_DNS = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
+"""Ends of names that only a box of the site can have (RFC 6761, 6762, 8375, and what ICANN keeps free)."""
 
 logger = log.get()
 
@@ -65,6 +68,12 @@ class Exchange:
         theirs = self.headers.get("x-request-id", "")
         self.echoed = theirs if REQUEST_ID.fullmatch(theirs) else ""
         self.request_id = _mesh_request_id(self.headers.get("idempotency-key", ""), self.echoed)
+
+    @property
+    def caller(self) -> str:
+        """Who asks, as far as its key tells: a name for fair shares, which lets nobody in or out."""
+        key = self.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        return f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" if key else ""
 
     async def reply(
         self,
@@ -250,10 +259,13 @@ async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
     await refused(Exchange(scope, send), missing)
 
 
-def application(routes: Sequence[Route], origins: Sequence[str]) -> ASGIApp:
-    """All routes as one application, open to web pages of its own origin and of ``origins`` (``*``: any)."""
+def application(routes: Sequence[Route], origins: Sequence[str], names: Iterable[str]) -> ASGIApp:
+    """All routes as one application, open to web pages of its own origin and of ``origins`` (``*``: any).
+
+    ``names`` are the node's own, beside those that nobody outside of its site can have; see ``_PageGuard``.
+    """
     router = Router(routes, redirect_slashes=False, default=_nowhere)
-    guarded = _OriginGuard(router, frozenset(origins))
+    guarded = _PageGuard(router, frozenset(origins), names)
     if not origins:
         return guarded
     return CORSMiddleware(
@@ -265,26 +277,53 @@ def application(routes: Sequence[Route], origins: Sequence[str]) -> ASGIApp:
     )
 
 
-class _OriginGuard:
-    """Refuses what a web page of another origin sends: a browser lets it ask, even where it may not read."""
+class _PageGuard:
+    """Refuses what a web page of another origin sends: a browser lets it ask, even where it may not read.
 
-    def __init__(self, app: ASGIApp, origins: frozenset[str]) -> None:
+    A page whose own name was made to point here (DNS rebinding) counts as of this origin to the browser, and
+    its GETs carry no Origin. So a Host must be what no stranger's page can have: an address, a name without
+    dots, one under a domain that public DNS does not know, one of the node's own, the host of a welcome origin.
+    """
+
+    def __init__(self, app: ASGIApp, origins: frozenset[str], names: Iterable[str]) -> None:
         self._app = app
         self._origins = origins
+        welcome = (_name(origin.partition("://")[2]) for origin in origins)
+        self._names = frozenset((*(name.lower() for name in names), *welcome))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            origin = headers.get("origin")
-            if origin is not None and not self._welcome(origin, headers.get("host", "")):
-                refusal = Refusal(
-                    403,
-                    "origin_not_allowed",
-                    f"Web pages of {origin[:200]} may not ask this node; see --http-origins",
-                )
-                await refused(Exchange(scope, send), refusal)
-                return
+        if scope["type"] == "http" and (refusal := self._refusal(Headers(scope=scope))) is not None:
+            await refused(Exchange(scope, send), refusal)
+            return
         await self._app(scope, receive, send)
 
+    def _refusal(self, headers: Headers) -> Refusal | None:
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if origin is not None and not self._welcome(origin, host):
+            message = f"Web pages of {origin[:200]} may not ask this node; see --http-origins"
+            return Refusal(403, "origin_not_allowed", message)
+        if "*" not in self._origins and not self._ours(host):
+            message = (
+                f"This node does not go by the name {host[:200]}; ask it by its address, or name "
+                f"http://{host[:200]} in --http-origins"
+            )
+            return Refusal(403, "host_not_allowed", message)
+        return None
+
+    def _ours(self, host: str) -> bool:
+        name = _name(host)
+        if "." not in name or name in self._names or name.endswith(_OUT_OF_PUBLIC_DNS):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
     def _welcome(self, origin: str, host: str) -> bool:
-        return bool(self._origins & {"*", origin}) or urlsplit(origin).netloc == host
+        return bool(self._origins & {"*", origin}) or origin.partition("://")[2] == host
+
+
+def _name(host: str) -> str:
+    """A host without its port, as names are compared."""
+    return re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()

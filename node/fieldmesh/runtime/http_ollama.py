@@ -63,12 +63,16 @@ class Ollama:
 
     async def _chat(self, exchange: Exchange) -> None:
         if not await self._loaded(exchange, chat=True):
-            wanted = ollama.chat_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+            wanted = ollama.chat_wanted(
+                exchange.body, exchange.request_id, self._resolve, self._limits(), exchange.caller
+            )
             await self._answer(exchange, wanted, chat=True)
 
     async def _generate(self, exchange: Exchange) -> None:
         if not await self._loaded(exchange, chat=False):
-            wanted = ollama.generate_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+            wanted = ollama.generate_wanted(
+                exchange.body, exchange.request_id, self._resolve, self._limits(), exchange.caller
+            )
             await self._answer(exchange, wanted, chat=False)
 
     async def _loaded(self, exchange: Exchange, *, chat: bool) -> bool:

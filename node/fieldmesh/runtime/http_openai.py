@@ -68,11 +68,15 @@ class OpenAi:
         return Route(path, endpoint)
 
     async def _chat(self, exchange: Exchange) -> None:
-        wanted = openai.chat_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+        wanted = openai.chat_wanted(
+            exchange.body, exchange.request_id, self._resolve, self._limits(), exchange.caller
+        )
         await self._answer(exchange, wanted, chat=True)
 
     async def _complete(self, exchange: Exchange) -> None:
-        wanted = openai.text_wanted(exchange.body, exchange.request_id, self._resolve, self._limits())
+        wanted = openai.text_wanted(
+            exchange.body, exchange.request_id, self._resolve, self._limits(), exchange.caller
+        )
         await self._answer(exchange, wanted, chat=False)
 
     async def _answer(self, exchange: Exchange, wanted: openai.Wanted, *, chat: bool) -> None:

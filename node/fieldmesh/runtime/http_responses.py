@@ -71,7 +71,12 @@ class Responses:
 
     async def _create(self, exchange: Exchange) -> None:
         wanted = responses.response_wanted(
-            exchange.body, exchange.request_id, self._resolve, self._limits(), self._earlier
+            exchange.body,
+            exchange.request_id,
+            self._resolve,
+            self._limits(),
+            exchange.caller,
+            self._earlier,
         )
 
         def telling(model: str) -> Response:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -333,7 +334,8 @@ class Node:
             for api in (OpenAi, Responses, Ollama)
         ]
         origins = self.config.listen.http_origins.replace(",", " ").split()
-        return application([route for api in apis for route in api.routes()], origins)
+        names = (self.config.node.name, self.config.listen.advertise, socket.gethostname())
+        return application([route for api in apis for route in api.routes()], origins, names)
 
     # --- news between parts ------------------------------------------------------------------
 
