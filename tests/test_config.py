@@ -223,7 +223,8 @@ def test_one_port_cannot_be_both_listeners() -> None:
 
 
 def test_a_chunk_of_a_prompt_fits_a_batch_and_a_prompt_a_message() -> None:
-    assert "batch_tokens" in refusal({"engine.prefill_chunk_tokens": 600}).message
+    assert "batch_tokens" in refusal({"engine.batch_tokens": 500, "engine.prefill_chunk_tokens": 600}).message
+    assert "0 or at least 32" in refusal({"engine.batch_tokens": 31}).message
     assert "message_bytes_max" in refusal({"limits.prompt_bytes_max": 5_000_000}).message
 
 

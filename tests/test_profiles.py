@@ -166,6 +166,10 @@ def test_the_offer_says_what_the_directory_needs() -> None:
         ('name = "a"\n[[adapters]]\nscale = 1', "adapters[0].path", "path is missing"),
         ('name = "a"\n[[adapters]]\npath = "x"\nscale = 9', "adapters[0].scale", "from -8 to 8"),
         ('name = "a"\nadapters = "x"', "adapters", "a list of at most 8 tables"),
+        ('name = "a"\nn_gpu_layers = -1', "n_gpu_layers", "from 0 to 10000 layers"),
+        ('name = "a"\nmain_gpu = 16', "main_gpu", "from 0 to 15"),
+        ('name = "a"\ntensor_split = [1, -1]', "tensor_split[1]", "from 0 to 1000"),
+        ('name = "a"\ntensor_split = [0, 0]', "tensor_split", "give each card its share"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_what_would_be_accepted(
@@ -267,6 +271,9 @@ NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,8}[A-Za-z0-9])?", fullmatch
             max_tokens=st.integers(1, 299),
             stop=st.lists(TEXT, max_size=3).map(tuple),
         ),
+        n_gpu_layers=st.integers(0, 10_000),
+        main_gpu=st.integers(0, 15),
+        tensor_split=st.lists(st.floats(0.001, 1000), max_size=4).map(tuple),
         adapters=st.lists(st.builds(Adapter, path=TEXT, scale=st.floats(-8, 8)), max_size=2).map(tuple),
         domains=st.lists(
             st.builds(Domain, name=NAMES, description=TEXT, examples=st.lists(TEXT, max_size=3).map(tuple)),

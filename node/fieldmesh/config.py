@@ -52,6 +52,7 @@ HTTP_PORT: Final = 7480
 HTTP_ADDRESS: Final = Address(host="127.0.0.1", port=HTTP_PORT)
 FILE_BYTES_MAX: Final = 1_000_000
 PROFILES_MAX: Final = 16
+BATCH_TOKENS_MIN: Final = 32
 FILE_NAME: Final = "fieldmesh.toml"
 
 # Variables of the client, the build and the tests: not options of a node.
@@ -153,7 +154,9 @@ class EngineSlice:
     """How this node runs its model. A zero leaves the choice to the profile or the box."""
 
     threads: Annotated[
-        int, Between(0, 1024), "Threads that compute; 0: the cores that this process may use"
+        int,
+        Between(0, 1024),
+        "Threads that compute; 0: as many of the cores that this process may use as are fastest (measured)",
     ] = 0
     slots: Annotated[int, Between(0, 256), "Generations that run at once; 0: the profile's"] = 0
     context_tokens: Annotated[
@@ -163,12 +166,14 @@ class EngineSlice:
     ] = 0
     batch_tokens: Annotated[
         int,
-        Between(32, 8192, "tokens"),
-        "Tokens of prompts that one step may compute while nobody is answered",
-    ] = 256
+        Between(0, 8192, "tokens"),
+        "Tokens of prompts that one step may compute while nobody is answered; 0: measured, at most 256",
+    ] = 0
     prefill_chunk_tokens: Annotated[
-        int, Between(1, 8192, "tokens"), "Tokens that one step may compute while others are answered"
-    ] = 48
+        int,
+        Between(0, 8192, "tokens"),
+        "Tokens that one step may compute while others are answered; 0: measured",
+    ] = 0
     queue_max: Annotated[int, Between(0, 10_000), "Requests that may wait for a slot"] = 32
     slow_reader_timeout_s: Annotated[
         float, Between(0.1, 3600, "seconds"), "How long a stream whose reader has stopped is kept"
@@ -301,7 +306,13 @@ class NodeConfig:
                 )
             if address is not None:
                 taken.append(address)
-        if self.engine.prefill_chunk_tokens > self.engine.batch_tokens:
+        if 0 < self.engine.batch_tokens < BATCH_TOKENS_MIN:
+            raise ConfigError(
+                f"engine.batch_tokens is {self.engine.batch_tokens}: it must be 0 or at least "
+                f"{BATCH_TOKENS_MIN}.",
+                field="engine.batch_tokens",
+            )
+        if self.engine.prefill_chunk_tokens > self.engine.batch_tokens > 0:
             raise ConfigError(
                 f"engine.prefill_chunk_tokens is {self.engine.prefill_chunk_tokens}: it may be at most "
                 f"engine.batch_tokens, which is {self.engine.batch_tokens}.",

@@ -100,6 +100,9 @@ class _ProfileTable(_Table, frozen=True):
     context_tokens: Annotated[int, _whole(128, 1_048_576, "tokens")] = 2048
     slots: Annotated[int, _whole(1, 256)] = 4
     kv_type: Annotated[str, Meta(pattern="^(f16|q8_0)\\Z", description='"f16" or "q8_0"')] = "f16"
+    n_gpu_layers: Annotated[int, _whole(0, 10_000, "layers")] = 0
+    main_gpu: Annotated[int, _whole(0, 15)] = 0
+    tensor_split: Annotated[tuple[Annotated[float, _number(0, 1000)], ...], _list(16, "shares")] = ()
     sampling: _SamplingTable = _SamplingTable()
     adapters: Annotated[tuple[_AdapterTable, ...], _list(8, "tables with a path and a scale")] = ()
     domains: Annotated[
@@ -116,9 +119,10 @@ class Profile:
 
     ``model`` is a path (relative ones are relative to the profile's file) or ``builtin``.
     ``context_tokens`` is what prompt and answer may have together; ``slots`` how many generations run at
-    once; ``kv_type`` how their KV cache is kept (q8_0 halves its keys). Among nodes that would be done at
-    about the same time, the higher ``tier`` answers. The path of an adapter is relative to the profile's
-    file, or the name of a shipped one. ``folder`` is where the profile was read from.
+    once; ``kv_type`` how their KV cache is kept (q8_0 halves its keys); ``n_gpu_layers`` how many layers go
+    to graphics cards, in the shares of ``tensor_split`` or all to ``main_gpu``. Among nodes that would be
+    done at about the same time, the higher ``tier`` answers. The path of an adapter is relative to the
+    profile's file, or the name of a shipped one. ``folder`` is where the profile was read from.
     """
 
     name: str
@@ -130,6 +134,9 @@ class Profile:
     context_tokens: int = 2048
     slots: int = 4
     kv_type: str = "f16"
+    n_gpu_layers: int = 0
+    main_gpu: int = 0
+    tensor_split: tuple[float, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     adapters: tuple[Adapter, ...] = ()
     domains: tuple[Domain, ...] = ()
@@ -276,6 +283,11 @@ def _checked(table: _ProfileTable, source: str, folder: Path | None) -> Profile:
             f"which is {table.context_tokens}, so that there is room for a prompt.",
             field="sampling.max_tokens",
         )
+    if table.tensor_split and not any(table.tensor_split):
+        raise ProfileInvalid(
+            f"{source}: tensor_split has nothing but zeros: give each card its share, or leave it out.",
+            field="tensor_split",
+        )
     return Profile(
         name=table.name,
         description=table.description,
@@ -286,6 +298,9 @@ def _checked(table: _ProfileTable, source: str, folder: Path | None) -> Profile:
         context_tokens=table.context_tokens,
         slots=table.slots,
         kv_type=table.kv_type,
+        n_gpu_layers=table.n_gpu_layers,
+        main_gpu=table.main_gpu,
+        tensor_split=table.tensor_split,
         sampling=sampling,
         adapters=tuple(Adapter(path=a.path, scale=a.scale) for a in table.adapters),
         domains=tuple(
@@ -304,6 +319,11 @@ def dump(profile: Profile) -> str:
     texts = ("description", "model", "chat_template", "system_prompt", "kv_type")
     lines += [f"{key} = {_quoted(getattr(profile, key))}" for key in texts if getattr(profile, key)]
     lines += [f"{key} = {getattr(profile, key)}" for key in ("tier", "context_tokens", "slots")]
+    lines += [
+        f"{key} = {json.dumps(getattr(profile, key))}"
+        for key in ("n_gpu_layers", "main_gpu", "tensor_split")
+        if getattr(profile, key)
+    ]
     lines += ["", "[sampling]"]
     for key in _SamplingTable.__struct_fields__:
         value = getattr(profile.sampling, key)

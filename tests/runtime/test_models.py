@@ -26,6 +26,7 @@ from fieldmesh.core.errors import (
     StreamLost,
 )
 from fieldmesh.core.model import Adapter, EngineState
+from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fake import FakeEngine
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.port import EngineInfo
@@ -256,6 +257,8 @@ async def test_the_memory_of_a_model_that_goes_is_really_back(site: Site) -> Non
         assert (after["general"].state, after["general"].resident_bytes) == ("cold", 0)
         assert (after["code"].state, after["code"].loaded_share) == ("ready", 1.0)
         assert after["code"].resident_bytes > 0
+        assert 1 <= after["code"].threads <= cpu_budget()
+        assert "prompts" in after["code"].measured, "its settings were measured at its first start"
 
 
 # --- adapters ------------------------------------------------------------------------------------

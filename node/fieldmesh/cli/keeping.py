@@ -50,7 +50,9 @@ def list_(node: OneNode = DEFAULT_NODE, as_json: Json = False) -> None:
     if as_json:
         terminal.write_json(plain(found))
         return
-    shown = terminal.table("profile", "model", "state", "takes at most", "takes now", "busy", "problem")
+    shown = terminal.table(
+        "profile", "model", "state", "takes at most", "takes now", "runs with", "busy", "problem"
+    )
     for model in found.models:
         terminal.add_row(
             shown,
@@ -59,10 +61,14 @@ def list_(node: OneNode = DEFAULT_NODE, as_json: Json = False) -> None:
             _state(model),
             f"{model.estimated_bytes // MIB} MiB",
             f"{model.resident_bytes // MIB} MiB" if model.resident_bytes else "–",
+            _settings(model),
             f"{model.running} + {model.queued} waiting",
             model.problem or "–",
         )
     terminal.console().print(shown)
+    for model in found.models:
+        if model.measured:
+            terminal.say(f"Measured for {model.profile}: {model.measured}.")
     terminal.say(f"All together may take {found.budget_bytes // MIB} MiB.")
 
 
@@ -115,3 +121,10 @@ def _tell(model: LocalModel | None, as_json: bool) -> None:
 
 def _state(model: LocalModel) -> str:
     return f"loading {model.loaded_share:.0%}" if model.state == "loading" else model.state
+
+
+def _settings(model: LocalModel) -> str:
+    if not model.threads:
+        return "–"
+    threads = f"{model.threads} thread{'s' * (model.threads > 1)}"
+    return f"{threads}, steps of {model.prefill_tokens} or {model.mixed_tokens} tokens"

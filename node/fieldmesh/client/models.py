@@ -24,7 +24,9 @@ LOAD_TIMEOUT_S: Final = 600.0
 class LocalModel:
     """The model of one profile at one node. ``state`` is cold, loading, ready, ending, lost or failed.
 
-    ``estimated_bytes`` count against the node's budget, ``resident_bytes`` are in memory now.
+    ``estimated_bytes`` count against the node's budget, ``resident_bytes`` are in memory now. ``threads`` and
+    the tokens of a step (``prefill_tokens`` of prompts alone, ``mixed_tokens`` beside running streams) are 0
+    while the model is not loaded; ``measured`` says from what they were chosen, nothing where all are fixed.
     """
 
     profile: str
@@ -37,6 +39,10 @@ class LocalModel:
     queued: int
     fingerprint: str
     problem: str
+    threads: int
+    prefill_tokens: int
+    mixed_tokens: int
+    measured: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,4 +130,8 @@ def _model(told: pb.LocalModel) -> LocalModel:
         queued=told.queued,
         fingerprint=told.fingerprint,
         problem=told.problem,
+        threads=told.threads,
+        prefill_tokens=told.prefill_tokens,
+        mixed_tokens=told.mixed_tokens,
+        measured=told.measured,
     )

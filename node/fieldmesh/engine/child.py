@@ -36,6 +36,7 @@ from fieldmesh.engine.frames import (
 )
 from fieldmesh.engine.gguf import GgufHeader, read_header
 from fieldmesh.engine.loop import EngineLoop
+from fieldmesh.engine.measuring import Tuning
 from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from fieldmesh.engine.grammars import Grammars
     from fieldmesh.engine.llama import LlamaModel
 
+READ_SHARE = 0.8
+"""Of loading, where something is measured afterwards."""
 _PR_SET_PDEATHSIG = 1
 _READ_BYTES = 1 << 18
 
@@ -99,20 +102,41 @@ def _load(
     check_adapters(settings, header)
     known = configure.fingerprint or fingerprint(settings, lambda: channel.send([Loading(0.0)]))
     from fieldmesh.engine.grammars import Grammars  # a damaged file is told without loading the libraries
-    from fieldmesh.engine.llama import LlamaModel
+    from fieldmesh.engine.llama import LIBRARY_VERSION, LlamaModel
     from fieldmesh.engine.trial import Trial
 
-    model = LlamaModel(settings, lambda share: channel.send([Loading(share)]))
+    tuning = Tuning(settings, {"file": known, "library": LIBRARY_VERSION})
+    kept = tuning.recall()
+    to_measure = bool(settings.measured) and kept is None
+    read_share = READ_SHARE if to_measure else 1.0
+    model = LlamaModel(
+        tuning.applied(kept.choice) if kept else settings,
+        lambda share: channel.send([Loading(read_share * share)]),
+    )
+    if to_measure:
+        kept = tuning.measure(
+            model,
+            time.monotonic,
+            time.process_time,
+            lambda share: channel.send([Loading(read_share + (1 - read_share) * share)]),
+        )
+    if kept is not None:
+        settings = tuning.applied(kept.choice)
     grammars = Grammars(model.vocabulary, Trial, channel.wake)
     loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32), grammars=grammars)
     loop.warm_up(time.monotonic)
     if settings.state_bytes_max:
         loop.keep_states(model, model.state_facts() | {"file": known}, exchange_fd, wake=channel.wake)
-    return loop, _info(settings, header, known, model, loop), grammars
+    return loop, _info(settings, header, known, model, loop, kept.words if kept else ""), grammars
 
 
 def _info(
-    settings: EngineSettings, header: GgufHeader, fingerprint: str, model: LlamaModel, loop: EngineLoop
+    settings: EngineSettings,
+    header: GgufHeader,
+    fingerprint: str,
+    model: LlamaModel,
+    loop: EngineLoop,
+    measured: str,
 ) -> EngineInfo:
     return EngineInfo(
         model=settings.model_name or header.name or Path(settings.model_path).stem,
@@ -124,12 +148,13 @@ def _info(
         vocabulary_tokens=model.vocabulary_tokens,
         threads=settings.threads,
         chat_template=loop.has_chat_template,
+        prefill_tokens=settings.prefill_tokens,
+        mixed_tokens=settings.mixed_tokens,
+        measured=measured,
         settings={
             "flash_attention": str(settings.flash_attention).lower(),
             "state_bytes_max": str(settings.state_bytes_max),
             "kv_type": settings.kv_type,
-            "prefill_tokens": str(settings.prefill_tokens),
-            "mixed_tokens": str(settings.mixed_tokens),
             "reuse_prefixes": str(loop.batcher.config.reuse_prefixes).lower(),
             "n_gpu_layers": str(settings.n_gpu_layers),
             "adapters": ", ".join(Path(adapter.path).stem for adapter in settings.adapters) or "none",

@@ -36,6 +36,8 @@ LOG_LINES_MAX = 20
 PENALTY_WINDOW_TOKENS = 1024
 PIECE_BYTES_MAX = 512
 
+LIBRARY_VERSION: str = llama_cpp.__version__
+
 _KV_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}
 
 _log_lines: deque[str] = deque(maxlen=LOG_LINES_MAX)
@@ -126,6 +128,11 @@ class LlamaModel:
                 f"set it to at most {trained}",
                 field="context_tokens",
             )
+
+    def use_threads(self, threads: int) -> None:
+        """Compute with so many threads from now on."""
+        self._settings = replace(self._settings, threads=threads)
+        lib.llama_set_n_threads(self._context, threads, threads)
 
     # --- embeddings -------------------------------------------------------------------------
 
@@ -224,7 +231,7 @@ class LlamaModel:
         """What the bytes of a state depend on, besides the model's file."""
         params = _context_params(self._settings)
         return {
-            "library": llama_cpp.__version__,
+            "library": LIBRARY_VERSION,
             "version": lib.LLAMA_STATE_SEQ_VERSION,
             "kv_types": [params.type_k, params.type_v],
             "flash_attention": params.flash_attn_type,
@@ -453,9 +460,10 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
         return True
 
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = settings.n_gpu_layers
+    shares = _gpu_params(params, settings)
     params.progress_callback = progress
     model = lib.llama_model_load_from_file(settings.model_path.encode(), params)
+    del shares  # the library has read them
     if not model:
         raise ModelFileInvalid(
             f"llama.cpp cannot load {settings.model_path}: {'; '.join(_log_lines) or 'no reason given'}; "
@@ -463,6 +471,22 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
             field="model_path",
         )
     return model
+
+
+def _gpu_params(params: lib.llama_model_params, settings: EngineSettings) -> object:
+    """Which layers go to graphics cards; returns what the parameters point to."""
+    if settings.n_gpu_layers and not lib.llama_supports_gpu_offload():
+        raise ConfigError(
+            f"n_gpu_layers is {settings.n_gpu_layers}, but this build of llama.cpp can use no GPU: set it "
+            'to 0, or build anew for your card, for example with make install CMAKE_ARGS="-DGGML_CUDA=ON"',
+            field="n_gpu_layers",
+        )
+    params.n_gpu_layers = settings.n_gpu_layers
+    params.main_gpu = settings.main_gpu
+    shares = (ctypes.c_float * lib.llama_max_devices())(*settings.tensor_split)
+    if settings.tensor_split:
+        params.tensor_split = shares
+    return shares
 
 
 def _context_params(settings: EngineSettings) -> lib.llama_context_params:

@@ -48,7 +48,11 @@ JobEvent = Started | Chunk | Completion
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What was loaded. ``fingerprint`` is the hex SHA-256 that names the model's content."""
+    """What was loaded. ``fingerprint`` is the hex SHA-256 that names the model's content.
+
+    ``threads``, ``prefill_tokens`` and ``mixed_tokens`` are what it runs with; ``measured`` says in words
+    what they were chosen by, and is empty where all were fixed.
+    """
 
     model: str
     fingerprint: str
@@ -59,6 +63,9 @@ class EngineInfo:
     vocabulary_tokens: int
     threads: int
     chat_template: bool = True
+    prefill_tokens: int = 0
+    mixed_tokens: int = 0
+    measured: str = ""
     settings: dict[str, str] = field(default_factory=dict)
 
 

@@ -11,6 +11,11 @@ from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, BatcherConfig
 KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32}
 """Types of cells in the KV cache, with the bytes that a value takes."""
 
+GPUS_MAX = 16
+PREFILL_TOKENS = 256
+MIXED_TOKENS = 48
+MEASURABLE = ("threads", "prefill_tokens", "mixed_tokens")
+
 _BOUNDS: dict[str, tuple[float, float]] = {
     "context_tokens": (16, 1 << 20),
     "slots": (1, 64),
@@ -19,6 +24,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "mixed_tokens": (2, 8192),
     "queue_max": (0, 10_000),
     "n_gpu_layers": (0, 10_000),
+    "main_gpu": (0, GPUS_MAX - 1),
     "state_bytes_max": (0, 1 << 40),
     "ageing_s": (0.1, 3600),
     "watchdog_s": (1, 3600),
@@ -40,6 +46,13 @@ class EngineSettings:
     times the model's bytes a token. ``prefill_tokens`` bounds a step in which nothing decodes,
     ``mixed_tokens`` one in which something does (see core.batching). ``chat_template`` overrides the
     model's own; ``system_prompt`` is put before conversations that have none.
+
+    ``measured`` names those of MEASURABLE that are chosen by measuring at a model's first start on a box, up
+    to the values given here (``mixed_tokens`` up to ``prefill_tokens``); the result is kept in
+    ``measured_file``. Everything else is promised or asked for, and never measured.
+
+    ``n_gpu_layers`` of the model go to graphics cards, in the shares of ``tensor_split`` or all to
+    ``main_gpu``, where the library was built for that.
 
     ``flash_attention`` is off by default because, on a CPU with quantised weights, the arithmetic is then
     independent of what shares a step: a greedy answer is bit-identical whatever else runs (engine.llama).
@@ -64,13 +77,17 @@ class EngineSettings:
     context_tokens: int = 2048
     slots: int = 4
     threads: int = 1
-    prefill_tokens: int = 256
-    mixed_tokens: int = 48
+    prefill_tokens: int = PREFILL_TOKENS
+    mixed_tokens: int = MIXED_TOKENS
     queue_max: int = 64
     ageing_s: float = 10.0
     chat_template: str = ""
     system_prompt: str = ""
+    measured: tuple[str, ...] = ()
+    measured_file: str = ""
     n_gpu_layers: int = 0
+    main_gpu: int = 0
+    tensor_split: tuple[float, ...] = ()
     flash_attention: bool = False
     kv_type: str = "f16"
     adapters: tuple[Adapter, ...] = ()
@@ -97,6 +114,21 @@ class EngineSettings:
         if self.kv_type not in KV_TYPES:
             raise ConfigError(
                 f"kv_type must be one of {', '.join(KV_TYPES)}, not {self.kv_type!r}", field="kv_type"
+            )
+        if unknown := set(self.measured) - set(MEASURABLE):
+            raise ConfigError(
+                f"measured must name some of {', '.join(MEASURABLE)}, not {', '.join(sorted(unknown))}",
+                field="measured",
+            )
+        shares = self.tensor_split
+        if (
+            len(shares) > GPUS_MAX
+            or not all(0 <= share <= 1000 for share in shares)
+            or (shares and not any(shares))
+        ):
+            raise ConfigError(
+                f"tensor_split takes at most {GPUS_MAX} shares from 0 to 1000, not all of them 0",
+                field="tensor_split",
             )
         self.batcher_config().validate()
 

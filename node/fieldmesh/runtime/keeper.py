@@ -85,4 +85,8 @@ def _proto(status: ModelStatus) -> pb.LocalModel:
         queued=status.queued,
         fingerprint=status.fingerprint,
         problem=status.problem,
+        threads=status.threads,
+        prefill_tokens=status.prefill_tokens,
+        mixed_tokens=status.mixed_tokens,
+        measured=status.measured,
     )

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from fieldmesh.core.errors import EngineNotReady, FieldmeshError, ProfileNotFound
 from fieldmesh.core.loading import Admit, Effect, Loading, ModelState, Unload
@@ -78,7 +79,9 @@ class Hosted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model as an operator sees it. ``state`` is cold, loading, ready, lost, failed or ending."""
+    """One model as an operator sees it. ``state`` is cold, loading, ready, lost, failed or ending.
+
+    What it runs with, and from which measurement, is known once it has been loaded (see ``EngineInfo``)."""
 
     profile: str
     model: str
@@ -90,6 +93,10 @@ class ModelStatus:
     queued: int
     fingerprint: str
     problem: str
+    threads: int = 0
+    prefill_tokens: int = 0
+    mixed_tokens: int = 0
+    measured: str = ""
 
 
 class Models:
@@ -228,6 +235,7 @@ class Models:
             queued=load.queued + len(self._waiters[profile]),
             fingerprint=entry.fingerprint,
             problem=problem,
+            **_settings_told(entry.info),
         )
 
     # --- what the mesh hears -----------------------------------------------------------------
@@ -369,6 +377,9 @@ class Models:
             threads=entry.info.threads,
             slots=entry.info.slots,
             context_tokens=entry.info.context_tokens,
+            prefill_tokens=entry.info.prefill_tokens,
+            mixed_tokens=entry.info.mixed_tokens,
+            measured=entry.info.measured or "nothing",
         )
         self._perform(self._loading.loaded(name, self._loop.time()))
         await self._remember()
@@ -419,3 +430,8 @@ class Models:
                 self._stamps = stamps
         except (OSError, FieldmeshError) as error:  # the next start offers a little later, that is all
             logger.warning("fingerprint_not_kept", why=str(error))
+
+
+def _settings_told(info: EngineInfo | None) -> dict[str, Any]:
+    names = ("threads", "prefill_tokens", "mixed_tokens", "measured")
+    return {name: getattr(info, name) for name in names} if info is not None else {}

@@ -41,13 +41,14 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
+from fieldmesh.core.tuning import MIXED_PREFILL_TOKENS_MIN
 from fieldmesh.engine.adapters import check_adapters
 from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fit import demand_fit
 from fieldmesh.engine.gguf import read_header
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.memory import memory_free_bytes
-from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.settings import MIXED_TOKENS, PREFILL_TOKENS, EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
 from fieldmesh.rpc.inference import RequestLimits
@@ -78,8 +79,8 @@ CLIENT_CONNECTIONS_MAX = 4096
 SERVER_STOP_GRACE_S = 1.0
 ADDRESS_POLL_S = 1.0
 DRAIN_POLL_S = 0.05
-PREFILL_SHARE_TOKENS_MIN = 16
 SEQUENCES_FOLDER = "sequences"
+MEASURED_FOLDER = "measured"
 
 logger = log.get()
 
@@ -440,15 +441,25 @@ def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
         logger.warning("adapters_left_out", profile=profile.name, why="they were trained on another model")
     engine = config.engine
     slots = engine.slots or profile.slots
+    asked = {
+        "threads": engine.threads,
+        "prefill_tokens": engine.batch_tokens,
+        "mixed_tokens": engine.prefill_chunk_tokens,
+    }
     settings = EngineSettings(
         model_path=str(path),
         model_name=path.stem,
         context_tokens=engine.context_tokens or profile.context_tokens,
         slots=slots,
         threads=engine.threads or cpu_budget(),
-        prefill_tokens=engine.batch_tokens,
+        prefill_tokens=engine.batch_tokens or PREFILL_TOKENS,
         # However many are being answered, a prompt that arrives must get a share of the step.
-        mixed_tokens=max(engine.prefill_chunk_tokens, slots + PREFILL_SHARE_TOKENS_MIN),
+        mixed_tokens=max(engine.prefill_chunk_tokens or MIXED_TOKENS, slots + MIXED_PREFILL_TOKENS_MIN),
+        measured=tuple(name for name, value in asked.items() if not value),
+        measured_file=str(config.state_folder / MEASURED_FOLDER / f"{profile.name}.json"),
+        n_gpu_layers=profile.n_gpu_layers,
+        main_gpu=profile.main_gpu,
+        tensor_split=profile.tensor_split,
         queue_max=engine.queue_max,
         kv_type=profile.kv_type,
         adapters=adapters,

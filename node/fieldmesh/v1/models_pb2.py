@@ -24,33 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66ieldmesh/v1/models.proto\x12\x0c\x66ieldmesh.v1\"\xe3\x01\n\nLocalModel\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.fieldmesh.v1.ModelState\x12\x14\n\x0cloaded_share\x18\x04 \x01(\x02\x12\x17\n\x0f\x65stimated_bytes\x18\x05 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0e\n\x06queued\x18\x08 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\x0f\n\x07problem\x18\n \x01(\t\"\x18\n\x16ListLocalModelsRequest\"Y\n\x17ListLocalModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.fieldmesh.v1.LocalModel\x12\x14\n\x0c\x62udget_bytes\x18\x02 \x01(\x04\"#\n\x10LoadModelRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\"<\n\x11LoadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.fieldmesh.v1.LocalModel\"%\n\x12UnloadModelRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\">\n\x13UnloadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.fieldmesh.v1.LocalModel\"%\n\x12VerifyModelRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\"6\n\x13VerifyModelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\t\x12\x10\n\x08recorded\x18\x02 \x01(\t*\xb5\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODEL_STATE_COLD\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_ENDING\x10\x04\x12\x14\n\x10MODEL_STATE_LOST\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06\x32\xe6\x02\n\x0cModelService\x12^\n\x0fListLocalModels\x12$.fieldmesh.v1.ListLocalModelsRequest\x1a%.fieldmesh.v1.ListLocalModelsResponse\x12N\n\tLoadModel\x12\x1e.fieldmesh.v1.LoadModelRequest\x1a\x1f.fieldmesh.v1.LoadModelResponse0\x01\x12R\n\x0bUnloadModel\x12 .fieldmesh.v1.UnloadModelRequest\x1a!.fieldmesh.v1.UnloadModelResponse\x12R\n\x0bVerifyModel\x12 .fieldmesh.v1.VerifyModelRequest\x1a!.fieldmesh.v1.VerifyModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66ieldmesh/v1/models.proto\x12\x0c\x66ieldmesh.v1\"\xb4\x02\n\nLocalModel\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.fieldmesh.v1.ModelState\x12\x14\n\x0cloaded_share\x18\x04 \x01(\x02\x12\x17\n\x0f\x65stimated_bytes\x18\x05 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0e\n\x06queued\x18\x08 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\x0f\n\x07problem\x18\n \x01(\t\x12\x0f\n\x07threads\x18\x0b \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x0c \x01(\r\x12\x14\n\x0cmixed_tokens\x18\r \x01(\r\x12\x10\n\x08measured\x18\x0e \x01(\t\"\x18\n\x16ListLocalModelsRequest\"Y\n\x17ListLocalModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.fieldmesh.v1.LocalModel\x12\x14\n\x0c\x62udget_bytes\x18\x02 \x01(\x04\"#\n\x10LoadModelRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\"<\n\x11LoadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.fieldmesh.v1.LocalModel\"%\n\x12UnloadModelRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\">\n\x13UnloadModelResponse\x12\'\n\x05model\x18\x01 \x01(\x0b\x32\x18.fieldmesh.v1.LocalModel\"%\n\x12VerifyModelRequest\x12\x0f\n\x07profile\x18\x01 \x01(\t\"6\n\x13VerifyModelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\t\x12\x10\n\x08recorded\x18\x02 \x01(\t*\xb5\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10MODEL_STATE_COLD\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_ENDING\x10\x04\x12\x14\n\x10MODEL_STATE_LOST\x10\x05\x12\x16\n\x12MODEL_STATE_FAILED\x10\x06\x32\xe6\x02\n\x0cModelService\x12^\n\x0fListLocalModels\x12$.fieldmesh.v1.ListLocalModelsRequest\x1a%.fieldmesh.v1.ListLocalModelsResponse\x12N\n\tLoadModel\x12\x1e.fieldmesh.v1.LoadModelRequest\x1a\x1f.fieldmesh.v1.LoadModelResponse0\x01\x12R\n\x0bUnloadModel\x12 .fieldmesh.v1.UnloadModelRequest\x1a!.fieldmesh.v1.UnloadModelResponse\x12R\n\x0bVerifyModel\x12 .fieldmesh.v1.VerifyModelRequest\x1a!.fieldmesh.v1.VerifyModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fieldmesh.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=688
-  _globals['_MODELSTATE']._serialized_end=869
+  _globals['_MODELSTATE']._serialized_start=769
+  _globals['_MODELSTATE']._serialized_end=950
   _globals['_LOCALMODEL']._serialized_start=44
-  _globals['_LOCALMODEL']._serialized_end=271
-  _globals['_LISTLOCALMODELSREQUEST']._serialized_start=273
-  _globals['_LISTLOCALMODELSREQUEST']._serialized_end=297
-  _globals['_LISTLOCALMODELSRESPONSE']._serialized_start=299
-  _globals['_LISTLOCALMODELSRESPONSE']._serialized_end=388
-  _globals['_LOADMODELREQUEST']._serialized_start=390
-  _globals['_LOADMODELREQUEST']._serialized_end=425
-  _globals['_LOADMODELRESPONSE']._serialized_start=427
-  _globals['_LOADMODELRESPONSE']._serialized_end=487
-  _globals['_UNLOADMODELREQUEST']._serialized_start=489
-  _globals['_UNLOADMODELREQUEST']._serialized_end=526
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=528
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=590
-  _globals['_VERIFYMODELREQUEST']._serialized_start=592
-  _globals['_VERIFYMODELREQUEST']._serialized_end=629
-  _globals['_VERIFYMODELRESPONSE']._serialized_start=631
-  _globals['_VERIFYMODELRESPONSE']._serialized_end=685
-  _globals['_MODELSERVICE']._serialized_start=872
-  _globals['_MODELSERVICE']._serialized_end=1230
+  _globals['_LOCALMODEL']._serialized_end=352
+  _globals['_LISTLOCALMODELSREQUEST']._serialized_start=354
+  _globals['_LISTLOCALMODELSREQUEST']._serialized_end=378
+  _globals['_LISTLOCALMODELSRESPONSE']._serialized_start=380
+  _globals['_LISTLOCALMODELSRESPONSE']._serialized_end=469
+  _globals['_LOADMODELREQUEST']._serialized_start=471
+  _globals['_LOADMODELREQUEST']._serialized_end=506
+  _globals['_LOADMODELRESPONSE']._serialized_start=508
+  _globals['_LOADMODELRESPONSE']._serialized_end=568
+  _globals['_UNLOADMODELREQUEST']._serialized_start=570
+  _globals['_UNLOADMODELREQUEST']._serialized_end=607
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=609
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=671
+  _globals['_VERIFYMODELREQUEST']._serialized_start=673
+  _globals['_VERIFYMODELREQUEST']._serialized_end=710
+  _globals['_VERIFYMODELRESPONSE']._serialized_start=712
+  _globals['_VERIFYMODELRESPONSE']._serialized_end=766
+  _globals['_MODELSERVICE']._serialized_start=953
+  _globals['_MODELSERVICE']._serialized_end=1311
 # @@protoc_insertion_point(module_scope)

@@ -75,6 +75,10 @@ class LocalModel(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    MIXED_TOKENS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     profile: _builtins.str
     """Name of the profile."""
     model: _builtins.str
@@ -95,6 +99,14 @@ class LocalModel(_message.Message):
     """SHA-256 of the model's file in hex; empty until it is known."""
     problem: _builtins.str
     """Why it was lost or given up."""
+    threads: _builtins.int
+    """Threads that compute; 0 while it is not loaded."""
+    prefill_tokens: _builtins.int
+    """Tokens of prompts that a step computes while nothing is answered; 0 while it is not loaded."""
+    mixed_tokens: _builtins.int
+    """Tokens that a step computes beside running streams; 0 while it is not loaded."""
+    measured: _builtins.str
+    """What was measured on this box to choose them, in words; empty where all are fixed."""
     def __init__(
         self,
         *,
@@ -108,10 +120,14 @@ class LocalModel(_message.Message):
         queued: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         problem: _builtins.str = ...,
+        threads: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+        mixed_tokens: _builtins.int = ...,
+        measured: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "fingerprint", b"fingerprint", "loaded_share", b"loaded_share", "model", b"model", "problem", b"problem", "profile", b"profile", "queued", b"queued", "resident_bytes", b"resident_bytes", "running", b"running", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "fingerprint", b"fingerprint", "loaded_share", b"loaded_share", "measured", b"measured", "mixed_tokens", b"mixed_tokens", "model", b"model", "prefill_tokens", b"prefill_tokens", "problem", b"problem", "profile", b"profile", "queued", b"queued", "resident_bytes", b"resident_bytes", "running", b"running", "state", b"state", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
