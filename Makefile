@@ -93,6 +93,10 @@ SEED ?= 1
 sim: dev ## one simulation: SCENARIO=name SEED=number (no SCENARIO lists them)
 	@$(BIN)/python -m simulations run $(SCENARIO) $(if $(SCENARIO),--seed $(SEED))
 
+.PHONY: fuzz-http
+fuzz-http: dev ## 10,000 hostile requests over HTTP, none of which may end in a 500 (a minute or two)
+	@EXAMPLES=10000 $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/runtime/test_http_hostile.py
+
 .PHONY: sweep
 sweep: dev ## every scenario over many seeds
 	@$(BIN)/python -m simulations sweep

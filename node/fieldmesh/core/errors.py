@@ -69,6 +69,18 @@ class InvalidRequest(FieldmeshError):
     status = Status.INVALID_ARGUMENT
 
 
+class Unsupported(InvalidRequest):
+    """A parameter of another API asks for what this mesh cannot do."""
+
+    code = "UNSUPPORTED_PARAMETER"
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    """A response that is to be gone on from is not kept at this node, or not any more."""
+
+    code = "PREVIOUS_RESPONSE_NOT_FOUND"
+
+
 class PromptTooLong(InvalidRequest):
     """The prompt and the tokens asked for do not fit the context of the profile."""
 

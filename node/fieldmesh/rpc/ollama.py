@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fieldmesh.core.errors import FieldmeshError
+from fieldmesh.core.errors import FieldmeshError, Unsupported
 from fieldmesh.core.model import (
     Chunk,
     Constraint,
@@ -32,7 +32,6 @@ from fieldmesh.rpc.openai import (
     SEEDS,
     Resolve,
     Tool,
-    Unsupported,
     Wanted,
     offered_function,
     parsed,

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from fieldmesh.core.errors import InvalidRequest
+from fieldmesh.core.errors import InvalidRequest, Unsupported
 from fieldmesh.core.model import Ask, Constraint, ConstraintKind, MeshView, SamplingOverrides, Target
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.inference import RequestLimits
@@ -201,12 +201,6 @@ class Wanted:
     ask: Ask
     stream: bool
     include_usage: bool
-
-
-class Unsupported(InvalidRequest):
-    """A parameter asks for what this mesh cannot do."""
-
-    code = "UNSUPPORTED_PARAMETER"
 
 
 def parsed(data: bytes, kind: type[Body]) -> Body:

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import msgspec
 
-from fieldmesh.core.errors import InvalidRequest
+from fieldmesh.core.errors import InvalidRequest, Unsupported
 from fieldmesh.core.model import Constraint, ConstraintKind, Message, SamplingOverrides
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.rpc.openai import AUTO, Resolve, Unsupported, Wanted, parsed, schema_constraint, tenant_of
+from fieldmesh.rpc.openai import AUTO, Resolve, Wanted, parsed, schema_constraint, tenant_of
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 
@@ -25,12 +25,6 @@ LOGPROBS: Final = "message.output_text.logprobs"
 
 Earlier = Callable[[str], tuple[Message, ...]]
 """The conversation up to and with an earlier response. Raises PreviousResponseNotFound."""
-
-
-class PreviousResponseNotFound(InvalidRequest):
-    """A response that is to be gone on from is not kept here, or not any more."""
-
-    code = "PREVIOUS_RESPONSE_NOT_FOUND"
 
 
 class Part(msgspec.Struct):

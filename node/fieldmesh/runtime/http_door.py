@@ -282,7 +282,7 @@ class _PageGuard:
 
     A page whose own name was made to point here (DNS rebinding) counts as of this origin to the browser, and
     its GETs carry no Origin. So a Host must be what no stranger's page can have: an address, a name without
-    dots, one under a domain that public DNS does not know, one of the node's own, the host of a welcome origin.
+    dots, one under a domain that public DNS does not know, one of the node's own, a welcome origin's.
     """
 
     def __init__(self, app: ASGIApp, origins: frozenset[str], names: Iterable[str]) -> None:

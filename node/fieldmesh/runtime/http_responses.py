@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from starlette.routing import Route
 
+from fieldmesh.core.errors import PreviousResponseNotFound
 from fieldmesh.core.model import Message, Target
 from fieldmesh.core.shelf import Shelf
 from fieldmesh.rpc import openai, responses
@@ -102,7 +103,7 @@ class Responses:
     def _earlier(self, response_id: str) -> tuple[Message, ...]:
         kept = self._kept.get(response_id, time.monotonic())
         if kept is None:
-            raise responses.PreviousResponseNotFound(
+            raise PreviousResponseNotFound(
                 f"Previous response with id '{response_id[:128]}' not found.{WHERE_KEPT}",
                 field="previous_response_id",
             )
