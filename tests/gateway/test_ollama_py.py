@@ -14,6 +14,7 @@ import ollama
 import pytest
 from ollama import AsyncClient
 
+from fieldmesh.core.model import EngineState
 from tests.gateway.site import doors, slow_down, tiny, url
 from tests.runtime.test_node import Site, idle
 
@@ -68,12 +69,15 @@ async def test_a_model_can_be_warmed_up_by_asking_nothing(client: AsyncClient) -
 async def test_what_there_is_can_be_listed_and_shown(client: AsyncClient) -> None:
     names = ["auto", "code", "general", "tiny"]
     assert [model.model for model in (await client.list()).models] == names
-    assert [model.model for model in (await client.ps()).models] == names
-    assert (await client.show("code")).modelinfo == {
+    assert [model.model for model in (await client.ps()).models] == names[1:]
+    shown = await client.show("code")
+    assert shown.modelinfo == {
+        "general.architecture": "fieldmesh",
+        "general.basename": "tiny",
         "fieldmesh.profile": "code",
-        "fieldmesh.model": "tiny",
         "fieldmesh.context_length": 2048,
     }
+    assert shown.capabilities == ["completion", "tools", "embedding"]
     with pytest.raises(ollama.ResponseError) as caught:
         await client.show("gpt")
     assert (caught.value.status_code, "code" in caught.value.error) == (404, True)
@@ -85,6 +89,21 @@ async def test_vectors_are_those_of_the_mesh(doors: Site, client: AsyncClient) -
         same = await ours.embed(["hello", "there"], profile="code")
     assert [tuple(vector) for vector in made.embeddings] == list(same.vectors)
     assert made.prompt_eval_count == same.prompt_tokens
+    assert tuple((await client.embeddings("code", "hello")).embedding) == same.vectors[0]
+
+
+async def test_only_what_answers_now_counts_as_loaded(doors: Site, client: AsyncClient) -> None:
+    doors.engines["code"].lose(EngineState.FAILED)
+    async with asyncio.timeout(20):
+        while "code" in {model.model for model in (await client.ps()).models}:
+            await doors.nodes["general"]._driver.wait_view_changed(doors.nodes["general"].view.revision)
+    assert "code" in {model.model for model in (await client.list()).models}
+
+
+async def test_thinking_is_refused_by_a_model_that_cannot(client: AsyncClient) -> None:
+    assert (await client.chat("code", HELLO, think=False, options={"num_predict": 2})).message.content
+    with pytest.raises(ollama.ResponseError, match="no thinking mode"):
+        await client.chat("code", HELLO, think="high")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,12 @@ async def test_a_head_request_has_no_body(node: Node) -> None:
     assert (status(answer), answer.partition(b"\r\n\r\n")[2]) == (200, b"")
 
 
+async def test_ollamas_clients_find_the_server_alive_and_new_enough(node: Node) -> None:
+    assert status(await said(node, request("HEAD /"))) == 200
+    version = json.loads((await said(node, request("GET /api/version"))).partition(b"\r\n\r\n")[2])["version"]
+    assert [int(part) for part in version.split(".")] >= [0, 6, 4]
+
+
 async def test_a_head_that_is_too_large_or_no_http_is_refused(node: Node) -> None:
     huge = await said(node, b"GET /" + b"x" * 2 * http_server.HEAD_BYTES_MAX)
     assert status(huge) == 400
@@ -203,6 +210,50 @@ async def test_a_head_that_is_too_large_or_no_http_is_refused(node: Node) -> Non
 async def test_a_head_that_never_ends_is_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
     assert await said(node, b"GET /health HTTP/1.1\r\nX-Slow: ") == b""
+
+
+async def dripped(node: Node, head: bytes, drop: bytes) -> bytes:
+    """What is answered to who sends ``head``, and then ``drop`` again and again until nobody listens."""
+    reader, writer = await opened(node)
+    writer.write(head)
+
+    async def drip() -> None:
+        with suppress(OSError):
+            while not writer.is_closing():
+                writer.write(drop)
+                await writer.drain()
+                await asyncio.sleep(0)
+
+    dripping = asyncio.create_task(drip())
+    try:
+        async with asyncio.timeout(20):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+        await dripping
+
+
+async def test_a_head_in_drops_is_cut_all_the_same(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
+    assert await dripped(node, b"GET /health HTTP/1.1\r\nX: ", b"y") == b""
+    assert status(await said(node, request("GET /health"))) == 200
+
+
+async def test_a_body_in_drops_is_refused_all_the_same(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_door, "BODY_TIMEOUT_S", 0.05)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = await dripped(node, head, b"1\r\nx\r\n")
+    assert answer == b"" or (status(answer), error(answer)["code"]) == (408, "body_too_slow")
+    assert status(await said(node, request("GET /health"))) == 200
+
+
+async def test_a_chunk_whose_own_head_never_ends_is_refused(node: Node) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = await said(node, head + b"1;" + b"x" * 2 * http_server.HEAD_BYTES_MAX)
+    assert not answer or status(answer) == 400
+    assert status(await said(node, request("GET /health"))) == 200
 
 
 async def test_a_silent_connection_is_closed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ ignored: the mesh decides it. Bounds are those of ``rpc.inference``. Must not: p
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -18,8 +19,10 @@ from fieldmesh.core.model import (
     Constraint,
     ConstraintKind,
     Embeddings,
+    EngineState,
     FinishReason,
     MeshView,
+    NodeState,
     ProfileOffer,
     Result,
     SamplingOverrides,
@@ -42,6 +45,10 @@ from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 
 LATEST: Final = ":latest"
+SPOKEN_VERSION: Final = "0.12.0"
+"""Whose API this is; clients refuse servers that are too old for them."""
+ARCHITECTURE: Final = "fieldmesh"
+FOR_EVER_S: Final = 100 * 365 * 86_400.0
 _NS: Final = 1_000_000_000
 
 
@@ -122,6 +129,13 @@ class Embed(msgspec.Struct):
 
     model: str = AUTO
     input: str | list[str] | None = None
+
+
+class EmbedOne(msgspec.Struct):
+    """Body of ``/api/embeddings``."""
+
+    model: str = AUTO
+    prompt: str = ""
 
 
 class Show(msgspec.Struct):
@@ -239,6 +253,12 @@ def embed_request(data: bytes, resolve: Resolve) -> pb.EmbedRequest:
     return pb.EmbedRequest(target=wire.target_to_proto(resolve(plain(body.model))), inputs=inputs)
 
 
+def embed_one_request(data: bytes, resolve: Resolve) -> pb.EmbedRequest:
+    """What the body of ``/api/embeddings`` asks for, unchecked. Raises InvalidRequest."""
+    body = parsed(data, EmbedOne)
+    return pb.EmbedRequest(target=wire.target_to_proto(resolve(plain(body.model))), inputs=[body.prompt])
+
+
 def embeddings_document(made: Embeddings, model: str, duration_s: float) -> bytes:
     """The answer of ``/api/embed``."""
     return encode(
@@ -351,13 +371,21 @@ def offers_by_name(view: MeshView) -> dict[str, ProfileOffer | None]:
     return found
 
 
+def loaded_by_name(view: MeshView) -> dict[str, ProfileOffer | None]:
+    """What can be named and answers now, without waiting to be loaded."""
+    ready = [m for m in view.members if m.state is NodeState.ALIVE and m.load.engine is EngineState.READY]
+    found = offers_by_name(replace(view, members=tuple(ready)))
+    del found[AUTO]
+    return found
+
+
 def model_entry(name: str, offer: ProfileOffer | None, since: float) -> dict[str, Any]:
     """One line of ``/api/tags`` and ``/api/ps``: sizes stay on the nodes, and are not told here."""
     return {
         "name": name,
         "model": name,
         "modified_at": instant(since),
-        "expires_at": instant(since),
+        "expires_at": instant(since + FOR_EVER_S),
         "size": 0,
         "size_vram": 0,
         "digest": offer.fingerprint if offer else "",
@@ -367,18 +395,22 @@ def model_entry(name: str, offer: ProfileOffer | None, since: float) -> dict[str
 
 
 def show_document(offer: ProfileOffer | None, since: float) -> bytes:
-    """The answer of ``/api/show``."""
-    about = {"fieldmesh.profile": offer.name, "fieldmesh.model": offer.model} if offer else {}
-    length = {"fieldmesh.context_length": offer.context_tokens} if offer else {}
+    """The answer of ``/api/show``. Clients seek there the context's length under the architecture's name,
+    and for tools in the template; the one that is applied is the model's own."""
+    about: dict[str, Any] = {"general.architecture": ARCHITECTURE}
+    if offer is not None:
+        about["general.basename"] = offer.model
+        about["fieldmesh.profile"] = offer.name
+        about[f"{ARCHITECTURE}.context_length"] = offer.context_tokens
     return encode(
         {
             "modelfile": "",
-            "parameters": "",
-            "template": "",
+            "parameters": f"num_ctx {offer.context_tokens}" if offer else "",
+            "template": "{{ .Messages }}{{ .Tools }}",
             "modified_at": instant(since),
             "details": _details(offer),
-            "model_info": {**about, **length},
-            "capabilities": ["completion", "embedding"],
+            "model_info": about,
+            "capabilities": ["completion", "tools", "embedding"],
         }
     )
 

@@ -7,14 +7,15 @@ bodies (``rpc.ollama`` does).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from starlette.routing import Route
 
 from fieldmesh import __version__
 from fieldmesh.core.errors import ModelNotFound
-from fieldmesh.core.model import ProfileOffer, Target
+from fieldmesh.core.model import Embeddings, ProfileOffer, Target
+from fieldmesh.core.routing import Candidate
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import ollama, openai
 from fieldmesh.rpc.inference import RequestLimits
@@ -23,6 +24,7 @@ from fieldmesh.runtime.door import Calls
 from fieldmesh.runtime.http_answers import answer, served_by
 from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
 from fieldmesh.runtime.service import Service
+from fieldmesh.v1 import inference_pb2
 
 
 class Ollama:
@@ -43,10 +45,12 @@ class Ollama:
             self._route("POST", "/api/chat", self._chat),
             self._route("POST", "/api/generate", self._generate),
             self._route("POST", "/api/embed", self._embed),
+            self._route("POST", "/api/embeddings", self._embed_one),
             self._route("POST", "/api/show", self._show),
             self._route("GET", "/api/tags", self._list),
-            self._route("GET", "/api/ps", self._list),
+            self._route("GET", "/api/ps", self._list_loaded),
             self._route("GET", "/api/version", self._version),
+            self._route("GET", "/", self._alive),
         ]
 
     def _route(self, method: str, path: str, handler: Handler) -> Route:
@@ -90,17 +94,33 @@ class Ollama:
 
     async def _embed(self, exchange: Exchange) -> None:
         began = time.monotonic()
-        request = ollama.embed_request(exchange.body, self._resolve)
-        texts = wire.texts_from_embed(request, self._limits())
-        target = wire.target_from_proto(request.target)
-        made, by = await self._service.embed(texts, target, deadline_s=None)
+        made, by = await self._vectors(ollama.embed_request(exchange.body, self._resolve))
         body = ollama.embeddings_document(made, by.offer.model, time.monotonic() - began)
         await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
 
+    async def _embed_one(self, exchange: Exchange) -> None:
+        """What ``/api/embed`` has replaced, and older clients still ask."""
+        made, by = await self._vectors(ollama.embed_one_request(exchange.body, self._resolve))
+        body = encode({"embedding": made.vectors[0]})
+        await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
+
+    async def _vectors(self, request: inference_pb2.EmbedRequest) -> tuple[Embeddings, Candidate]:
+        texts = wire.texts_from_embed(request, self._limits())
+        return await self._service.embed(texts, wire.target_from_proto(request.target), deadline_s=None)
+
     async def _list(self, exchange: Exchange) -> None:
-        offers = ollama.offers_by_name(self._service.view).items()
-        models = [ollama.model_entry(name, offer, self._since) for name, offer in offers]
+        await self._reply_with(exchange, ollama.offers_by_name(self._service.view))
+
+    async def _list_loaded(self, exchange: Exchange) -> None:
+        await self._reply_with(exchange, ollama.loaded_by_name(self._service.view))
+
+    async def _reply_with(self, exchange: Exchange, offers: Mapping[str, ProfileOffer | None]) -> None:
+        models = [ollama.model_entry(name, offer, self._since) for name, offer in offers.items()]
         await exchange.reply(encode({"models": models}))
+
+    async def _alive(self, exchange: Exchange) -> None:
+        """What its clients ask before anything else, and what people see who open the address."""
+        await exchange.reply(b"Ollama's API by Fieldmesh is running", content_type="text/plain")
 
     async def _show(self, exchange: Exchange) -> None:
         body = openai.parsed(exchange.body, ollama.Show)
@@ -117,7 +137,7 @@ class Ollama:
         return offers[name]
 
     async def _version(self, exchange: Exchange) -> None:
-        await exchange.reply(encode({"version": __version__}))
+        await exchange.reply(encode({"version": ollama.SPOKEN_VERSION, "fieldmesh": __version__}))
 
     def _resolve(self, name: str) -> Target:
         return openai.target_of(name, self._service.view)
