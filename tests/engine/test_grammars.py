@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise, product
 from string import ascii_lowercase
 
@@ -268,6 +269,26 @@ def test_a_call_is_one_of_those_on_offer_or_the_answer() -> None:
         with pytest.raises(ConstraintInvalid):
             for letter in text.encode():
                 matcher.take(letter)
+
+
+def test_a_call_invents_no_arguments_unless_its_schema_says_that_there_may_be_more() -> None:
+    inner = '{"type": "object", "properties": {"b": {"const": 1}}}'
+    nested = f'{{"properties": {{"a": {{"type": "array", "items": {inner}}}}}, "required": ["a"]}}'
+    opened = '{"properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}}'
+    for schema, arguments, fits in (
+        (nested, '{"a": [{"b": 1}]}', True),
+        (nested, '{"a": [{"c": 1', False),
+        (nested, '{"a": [], "c"', False),
+        (opened, '{"a": 1, "c": 2}', True),
+    ):
+        matcher = walk(calls(("f", schema)))
+        letters = f'<tool_call>\n{{"name": "f", "arguments": {arguments}'.encode()
+        taken = 0
+        with suppress(ConstraintInvalid):
+            for letter in letters:
+                matcher.take(letter)
+                taken += 1
+        assert (taken == len(letters)) is fits
 
 
 @pytest.mark.parametrize("schema", ["[]", '{"not": {}}', '{"properties": {"a": {"$ref": "#/nowhere"}}}', "{"])

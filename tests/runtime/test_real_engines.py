@@ -6,6 +6,7 @@ in this process over the real llama.cpp with a tiny model.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 
@@ -13,7 +14,8 @@ import pytest
 import pytest_asyncio
 
 from fieldmesh.client import AsyncClient
-from fieldmesh.core.errors import ConstraintInvalid
+from fieldmesh.core.errors import ConstraintInvalid, InvalidRequest
+from fieldmesh.core.model import FinishReason, Message, Tool, Tools
 from fieldmesh.runtime.node import running
 from tests.engine.tiny_model import write_tiny_model
 from tests.runtime.test_node import ONCE, Site, new_site
@@ -43,6 +45,30 @@ async def test_a_constraint_holds_over_a_hop(client: AsyncClient) -> None:
     result = await stream.result()
     assert (result.served_by, result.hops) == ("code", 1)
     assert re.fullmatch("(field|mesh){3}", result.text)
+
+
+async def test_a_demanded_call_and_its_result_go_over_a_hop(client: AsyncClient) -> None:
+    schema = '{"properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}'
+    tools = Tools(offered=(Tool(name="weather", parameters=schema),), required=True)
+    asked = Message(role="user", content="What is the weather?")
+    stream = client.chat([asked], profile="code", tools=tools, max_tokens=200, n=2)
+    parts = [(chunk, part) async for chunk in stream for part in chunk.tool_calls]
+    result = await stream.result()
+    assert (result.served_by, result.finish_reason) == ("code", FinishReason.TOOL_CALLS)
+    calls = [call for choice in result.choices for call in choice.tool_calls]
+    assert [call.name for call in calls] == ["weather"] * 2
+    assert all(json.loads(call.arguments)["city"] in ("Rome", "Oslo") for call in calls)
+    assert {chunk.call_id(part) for chunk, part in parts} == {call.id for call in calls}
+    assert len({call.id for call in calls}) == 2
+    answered = [
+        asked,
+        Message(role="assistant", content=result.text, tool_calls=result.tool_calls),
+        Message(role="tool", content="sun", tool_call_id=result.tool_calls[0].id),
+    ]
+    again = await client.chat(answered, profile="code", tools=[*tools.offered], max_tokens=3).result()
+    assert again.prompt_tokens > result.prompt_tokens
+    with pytest.raises(InvalidRequest, match="conversations"):
+        client.generate("hello", tools=tools)
 
 
 async def test_several_answers_come_over_a_hop_and_share_their_prompt(client: AsyncClient) -> None:

@@ -14,7 +14,7 @@ from fieldmesh.client.health import serving
 from fieldmesh.client.records import Choice, Embedded, Mesh, Node, NodeLoad, Offer, Result, Tokens, as_json
 from fieldmesh.client.sync import Client, Stream
 from fieldmesh.core.errors import FieldmeshError
-from fieldmesh.core.model import Address, Chunk, Message
+from fieldmesh.core.model import Address, Chunk, Message, Tool, ToolCall, Tools
 
 __all__ = [
     "Address",
@@ -35,6 +35,9 @@ __all__ = [
     "Result",
     "Stream",
     "Tokens",
+    "Tool",
+    "ToolCall",
+    "Tools",
     "as_json",
     "serving",
 ]

@@ -33,6 +33,8 @@ from fieldmesh.core.model import (
     Prompt,
     SamplingOverrides,
     Target,
+    Tool,
+    Tools,
 )
 from fieldmesh.rpc import inference as codec
 from fieldmesh.rpc.errors import DETAILS_KEY, PUSHBACK_KEY, error_from_status
@@ -97,6 +99,9 @@ class Options(TypedDict, total=False):
     Thinking models: ``enable_thinking`` (``chat`` alone; default: as the model's template has it) switches
     the reasoning, which comes apart from the answer (``Chunk.reasoning``); ``reasoning_tokens_max`` ends it.
 
+    What it may ask for: ``tools`` (``chat`` alone), several ``Tool``, or one ``Tools`` that also says whether
+    a call is required, of which, and whether one is enough (``Result.tool_calls``).
+
     What the answer must match (one of them, at most 64 kB): ``json_schema`` (text or a mapping), ``regex``
     (Rust's syntax), ``grammar`` (Lark as llguidance reads it), ``json_object`` (True: any JSON object). What
     cannot be enforced raises ConstraintInvalid with the reason.
@@ -128,6 +133,7 @@ class Options(TypedDict, total=False):
     n: int
     enable_thinking: bool
     reasoning_tokens_max: int
+    tools: Tools | Sequence[Tool]
     json_schema: str | Mapping[str, Any]
     regex: str
     grammar: str
@@ -172,7 +178,10 @@ def _message(index: int, turn: object) -> Message:
 
 def prompt_of_turns(turns: Turns, options: Options) -> Prompt:
     """A conversation to continue."""
-    return Prompt(messages=messages(turns), thinking=options.get("enable_thinking"))
+    tools = options.get("tools") or None
+    if tools is not None and not isinstance(tools, Tools):
+        tools = Tools(offered=tuple(tools))
+    return Prompt(messages=messages(turns), thinking=options.get("enable_thinking"), tools=tools)
 
 
 def prompt_of_text(continued: str | Sequence[int]) -> Prompt:
@@ -200,11 +209,11 @@ def ask(prompt: Prompt, options: Options) -> Ask:
     if sampling.get("logit_bias") is not None:
         sampling["logit_bias"] = tuple(sorted(dict(sampling["logit_bias"]).items()))
     sampling["constraint"] = _constraint(given)
-    if given.get("enable_thinking") is not None and not prompt.messages:
-        raise InvalidRequest(
-            "enable_thinking is for conversations; plain text is continued as it stands",
-            field="enable_thinking",
-        )
+    for name in ("enable_thinking", "tools"):
+        if given.get(name) is not None and not prompt.messages:
+            raise InvalidRequest(
+                f"{name} is for conversations; plain text is continued as it stands", field=name
+            )
     priority = given.get("priority", "normal")
     if priority not in _PRIORITIES:
         raise InvalidRequest(f"priority must be one of {', '.join(_PRIORITIES)}", field="priority")

@@ -23,8 +23,10 @@ from fieldmesh.core.model import (
     Load,
     Logprobs,
     NodeState,
+    ToolCall,
 )
 from fieldmesh.core.model import Choice as ChoiceEnd
+from fieldmesh.core.tools import Calls
 from fieldmesh.rpc import inference as codec
 from fieldmesh.v1 import inference_pb2, mesh_pb2
 
@@ -33,6 +35,9 @@ from fieldmesh.v1 import inference_pb2, mesh_pb2
 class Choice:
     """One of the completions of a request; ``logprobs`` has an entry for each token where asked for,
     ``reasoning`` is what a thinking model said to itself before the ``text``.
+
+    ``tool_calls`` are to be run by who asked: the conversation goes on with a ``Message`` of the assistant
+    that holds them, and one of the role ``tool`` with the result of each.
     """
 
     index: int
@@ -43,6 +48,7 @@ class Choice:
     seed: int
     logprobs: tuple[Logprobs, ...] = ()
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,11 @@ class Result:
     served_by_id: str
     choices: tuple[Choice, ...] = ()
     explanation: Explanation | None = None
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Those of the first completion."""
+        return self.choices[0].tool_calls if self.choices else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +221,7 @@ class Reply:
 
     def __init__(self) -> None:
         self._parts: dict[int, _Part] = {0: _Part()}
+        self._calls = Calls()
         self.result: Result | None = None
 
     @property
@@ -235,6 +247,7 @@ class Reply:
                 if chunk.index >= CHOICES_MAX:
                     raise Internal(f"The stream held completion {chunk.index}, which nobody asked for.")
                 self._parts.setdefault(chunk.index, _Part()).add(chunk)
+                self._calls.add(chunk)
                 return chunk
             case "complete":
                 self.result = self._result(message.complete)
@@ -263,6 +276,7 @@ class Reply:
                     seed=end.seed,
                     logprobs=tuple(part.logprobs),
                     reasoning="".join(part.reasonings),
+                    tool_calls=tuple(self._calls.of(end.index)),
                 )
             )
         return tuple(made)

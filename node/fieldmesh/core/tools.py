@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Final
 
 from fieldmesh.core.errors import InvalidRequest
-from fieldmesh.core.model import Constraint, ConstraintKind, ToolCallPart, Tools
+from fieldmesh.core.model import Chunk, Constraint, ConstraintKind, ToolCall, ToolCallPart, Tools
 from fieldmesh.core.text import held_back_length
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -244,6 +246,24 @@ class CallStream:
             self._held = ""
         self._at = _At.TEXT
         return True
+
+
+class Calls:
+    """The calls of an answer, put together from their pieces."""
+
+    def __init__(self) -> None:
+        self._by_choice: defaultdict[int, dict[int, ToolCall]] = defaultdict(dict)
+
+    def add(self, chunk: Chunk) -> None:
+        """Keep the pieces that a chunk holds."""
+        calls = self._by_choice[chunk.index]
+        for part in chunk.tool_calls:
+            begun = calls.get(part.index) or ToolCall(id=chunk.call_id(part), name=part.name, arguments="")
+            calls[part.index] = replace(begun, arguments=begun.arguments + part.arguments)
+
+    def of(self, index: int) -> list[ToolCall]:
+        """Those of one completion, in order."""
+        return list(self._by_choice[index].values())
 
 
 def parsed_call(text: str, names: Iterable[str]) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -38,6 +38,10 @@ STACK_BYTES = 64 << 20
 REASON_CHARACTERS_MAX = 300
 # At most so much white space between two parts of a document: a small model would otherwise go on with it.
 _JSON_OPTIONS = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
+# Where schemas are within a schema, and what says that an object may hold more than it names itself.
+_SCHEMAS_IN = frozenset({"items", "anyOf", "oneOf"})
+_NAMED_SCHEMAS_IN = frozenset({"properties", "$defs", "definitions"})
+_OPENING = frozenset({"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"})
 _LIMITS = LLParserLimits(
     verbose_errors=False,
     initial_lexer_fuel=400_000,
@@ -73,7 +77,10 @@ def _grammar(constraint: Constraint) -> str:
         case ConstraintKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(constraint.source)
         case ConstraintKind.TOOLS:
-            return LLMatcher.grammar_from_lark(_calls(constraint))
+            try:
+                return LLMatcher.grammar_from_lark(_calls(constraint))
+            except RecursionError:
+                raise _refused(constraint, "a schema is nested too deeply") from None
 
 
 def _calls(constraint: Constraint) -> str:
@@ -86,21 +93,41 @@ def _calls(constraint: Constraint) -> str:
     rules = []
     for index, (name, parameters) in enumerate(wanted["tools"]):
         head = json.dumps(f'{OPEN}\n{{"name": {json.dumps(name)}, "arguments": ')
-        schema = _inlined(constraint, parameters or '{"additionalProperties": false}')
+        # Of what allOf puts together, each names only its own: that stays open.
+        arguments = _schema(constraint, parameters or '{"properties": {}}')
+        schema = _inlined(arguments if '"allOf"' in parameters else _closed(arguments))
         rules.append(f'call_{index}: {head} arguments_{index} "}}"\narguments_{index}: %json {schema}')
     choices = [f"call_{index}" for index in range(len(rules))]
     if "answer" in wanted:
         choices.append("answer")
-        rules.append(f"answer: %json {_inlined(constraint, wanted['answer'] or '{}')}")
+        rules.append(f"answer: %json {_inlined(_schema(constraint, wanted['answer'] or '{}'))}")
     return "\n".join([f"start: {' | '.join(choices)}", *rules])
 
 
-def _inlined(constraint: Constraint, source: str) -> str:
+def _inlined(schema: dict[str, Any]) -> str:
     """The schema of an object, with our own options for it."""
-    return json.dumps({"type": "object", **_schema(constraint, source), "x-guidance": _JSON_OPTIONS})
+    return json.dumps({"type": "object", **schema, "x-guidance": _JSON_OPTIONS})
 
 
-def _schema(constraint: Constraint, source: str) -> dict[str, object]:
+def _closed(schema: Any) -> Any:
+    """The schema with no properties in its objects but those that it names, where it leaves that open.
+
+    Others would be valid too, and a small model goes on inventing them until it is cut off.
+    """
+    if isinstance(schema, list):
+        return [_closed(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {**schema, **{key: _closed(schema[key]) for key in _SCHEMAS_IN & schema.keys()}}
+    for key in _NAMED_SCHEMAS_IN & schema.keys():
+        if isinstance(schema[key], dict):
+            closed[key] = {name: _closed(named) for name, named in schema[key].items()}
+    if "properties" in schema and not _OPENING & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _schema(constraint: Constraint, source: str) -> dict[str, Any]:
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:

@@ -27,6 +27,7 @@ from fieldmesh.core.model import (
     Result,
     SamplingOverrides,
 )
+from fieldmesh.core.tools import Calls
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.errors import clipped
 from fieldmesh.rpc.inference import RequestLimits
@@ -40,7 +41,7 @@ from fieldmesh.rpc.openai import (
     parsed,
     schema_constraint,
 )
-from fieldmesh.rpc.openai_answers import Calls, encode, told
+from fieldmesh.rpc.openai_answers import encode, told
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 

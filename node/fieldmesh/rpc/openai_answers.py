@@ -10,7 +10,6 @@ import struct
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -23,9 +22,9 @@ from fieldmesh.core.model import (
     Logprobs,
     Result,
     TokenLogprob,
-    ToolCall,
     ToolCallPart,
 )
+from fieldmesh.core.tools import Calls
 from fieldmesh.rpc.errors import METADATA_VALUE_CHARS_MAX, clipped
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -240,24 +239,6 @@ def likelihoods(entries: Sequence[Logprobs]) -> list[dict[str, Any]]:
     return [
         {**_token(entry.drawn), "top_logprobs": [_token(other) for other in entry.top]} for entry in entries
     ]
-
-
-class Calls:
-    """The calls of an answer, put together from their pieces."""
-
-    def __init__(self) -> None:
-        self._by_choice: defaultdict[int, dict[int, ToolCall]] = defaultdict(dict)
-
-    def add(self, chunk: Chunk) -> None:
-        """Keep the pieces that a chunk holds."""
-        calls = self._by_choice[chunk.index]
-        for part in chunk.tool_calls:
-            begun = calls.get(part.index) or ToolCall(id=chunk.call_id(part), name=part.name, arguments="")
-            calls[part.index] = replace(begun, arguments=begun.arguments + part.arguments)
-
-    def of(self, index: int) -> list[ToolCall]:
-        """Those of one completion, in order."""
-        return list(self._by_choice[index].values())
 
 
 def _call_part(chunk: Chunk, part: ToolCallPart) -> dict[str, Any]:
