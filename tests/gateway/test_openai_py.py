@@ -147,6 +147,8 @@ async def test_what_cannot_be_embedded_is_refused(client: AsyncOpenAI) -> None:
             await client.embeddings.create(**{"model": "code", "input": "x", **options})
         told.append(caught.value.param)
     assert told == ["input", "inputs[0]", "dimensions"]
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
+        await client.embeddings.create(model="code", input=[[1, 2]])
 
 
 async def test_what_nobody_offers_is_not_found(client: AsyncOpenAI) -> None:
@@ -201,9 +203,12 @@ async def test_content_that_cannot_be_read_is_refused(client: AsyncOpenAI) -> No
     assert told == [param for _, param in UNREADABLE]
 
 
-async def test_a_prompt_over_the_context_has_openais_own_code(client: AsyncOpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="code", messages=said("x" * 5000))
+@pytest.mark.parametrize("characters", [5000, 50_000])
+async def test_a_prompt_over_the_context_is_told_as_litellm_and_langchain_look_for_it(
+    client: AsyncOpenAI, characters: int
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt is too long") as caught:
+        await client.chat.completions.create(model="code", messages=said("x" * characters))
     assert caught.value.code == "context_length_exceeded"
 
 

@@ -364,7 +364,8 @@ class EngineLoop:
         room = context_tokens + 1 - len(prompt)
         if room < 1:
             raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens; this profile reads at most {context_tokens}",
+                f"the prompt is too long: it has {len(prompt)} tokens; this profile reads at most "
+                f"{context_tokens}",
                 field="prompt",
                 metadata={"context_tokens": str(context_tokens)},
             )
@@ -449,8 +450,8 @@ class EngineLoop:
         characters_max = self._settings.context_tokens * CHARACTERS_PER_TOKEN_MAX
         if len(text) > characters_max:
             raise PromptTooLong(
-                f"{field} has {len(text)} characters; at most {characters_max} are read for a context of "
-                f"{self._settings.context_tokens} tokens",
+                f"{field} is too long: it has {len(text)} characters; at most {characters_max} are read for "
+                f"a context of {self._settings.context_tokens} tokens",
                 field=field,
                 metadata={"context_tokens": str(self._settings.context_tokens)},
             )

@@ -309,7 +309,11 @@ def embed_wanted(data: bytes, resolve: Resolve) -> EmbedWanted:
     inputs = [body.input] if isinstance(body.input, str) else body.input or []
     texts = [entry for entry in inputs if isinstance(entry, str)]
     if len(texts) < len(inputs):
-        raise Unsupported("input holds token ids; send texts", field="input")
+        raise Unsupported(
+            "input holds token ids, which mean nothing to another model than theirs; send texts "
+            "(langchain-openai: check_embedding_ctx_length=False)",
+            field="input",
+        )
     request = pb.EmbedRequest(target=wire.target_to_proto(resolve(body.model)), inputs=texts)
     return EmbedWanted(request=request, base64=body.encoding_format == "base64")
 
