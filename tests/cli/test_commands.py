@@ -469,6 +469,19 @@ def test_the_base_install_says_how_to_get_the_rest(cli: Commands, monkeypatch: p
     assert "pip install 'fieldmesh[node]'" in cli.err
 
 
+def test_a_node_may_open_as_many_files_as_the_box_lets_it() -> None:
+    program = (
+        "import resource as r\n"
+        "from fieldmesh.cli.serving import FILES_WANTED, raise_files_max\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, r.getrlimit(r.RLIMIT_NOFILE)[1]))\n"
+        "raise_files_max()\n"
+        "files, most = r.getrlimit(r.RLIMIT_NOFILE)\n"
+        "print(files > 64 and files in (most, FILES_WANTED))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 # --- as a process ------------------------------------------------------------------------
 
 

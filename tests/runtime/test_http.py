@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -259,6 +260,31 @@ async def test_a_chunk_whose_own_head_never_ends_is_refused(node: Node) -> None:
 async def test_a_silent_connection_is_closed(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "IDLE_TIMEOUT_S", 0.05)
     assert await said(node, b"") == b""
+
+
+async def test_connections_that_are_too_many_are_told_so_and_then_cut(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 3)
+    monkeypatch.setattr(http_server, "REFUSALS_MAX", 2)
+    async with new_site(tmp_path, tiny) as made:
+        node = await made.start("full", listen=ListenSlice(client=ANY, peer=ANY, metrics=None, http=ANY))
+        held = [await opened(node) for _ in range(4)]
+        assert status(await said(node, request("GET /health"))) == 503
+        held.append(await opened(node))
+        assert await said(node, request("GET /health")) == b""
+        for _, writer in held:
+            writer.close()
+            await writer.wait_closed()
+        assert status(await said(node, request("GET /health"))) == 200
+
+
+@pytest.mark.parametrize(("files", "connections"), [(-1, 4096), (65_536, 4096), (1024, 512), (256, 128)])
+def test_connections_leave_files_to_the_mesh(
+    monkeypatch: pytest.MonkeyPatch, files: int, connections: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert http_server.connections_max() == connections
 
 
 async def test_a_body_that_never_ends_is_refused(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

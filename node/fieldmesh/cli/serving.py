@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,6 +19,8 @@ _NODE_PACKAGES: Final = (
     *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp"),
     *("prometheus_client", "pycrdt", "starlette", "structlog", "uvicorn"),
 )
+
+FILES_WANTED: Final = 65_536
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (TOML).")]
 
@@ -112,6 +115,7 @@ def serve(
     need_node_packages()
     if end_with_stdin:
         _end_with_stdin()
+    raise_files_max()
     import asyncio
 
     from fieldmesh.runtime.node import serve as run
@@ -127,6 +131,14 @@ def need_node_packages() -> None:
             f"This install can ask a mesh but not serve one ({', '.join(missing)} missing): "
             "pip install 'fieldmesh[node]'."
         )
+
+
+def raise_files_max() -> None:
+    """Let this process have the open files that it may: every connection is one, and shells give 1,024."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if most == resource.RLIM_INFINITY else min(FILES_WANTED, most)
+    if files != resource.RLIM_INFINITY and files < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _end_with_stdin() -> None:

@@ -1,7 +1,7 @@
 """One HTTP connection: uvicorn's, with the times that it does not bound itself.
 
-Owns: how long a head may take to arrive, a silent connection may stay, and a reader may stand still. Must
-not: know a route. Imported only where the HTTP listener is on.
+Owns: how long a head may take to arrive, a silent connection may stay, and a reader may stand still; cutting
+those that are too many to be told so. Must not: know a route. Imported only where the HTTP listener is on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if (
+            self.limit_concurrency
+            and len(self.connections) > self.limit_concurrency + http_server.REFUSALS_MAX
+        ):
+            transport.abort()
+            return
         self.timeout_keep_alive_task = self.loop.call_later(
             http_server.IDLE_TIMEOUT_S, self.timeout_keep_alive_handler
         )

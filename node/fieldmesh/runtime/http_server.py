@@ -1,13 +1,15 @@
 """The HTTP listener. Owns: the socket, and the bounds of a connection.
 
 A head must arrive whole within HEAD_TIMEOUT_S of its first byte and in HEAD_BYTES_MAX, a connection without
-a request is closed after IDLE_TIMEOUT_S, and one whose reader has stopped is cut after WRITE_TIMEOUT_S. Must
-not: know a route.
+a request is closed after IDLE_TIMEOUT_S, and one whose reader has stopped is cut after WRITE_TIMEOUT_S. There
+are at most CONNECTIONS_MAX, and never so many that the mesh has no file descriptors left. Must not: know a
+route.
 """
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +23,10 @@ HEAD_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 75
 WRITE_TIMEOUT_S = 60.0
 CONNECTIONS_MAX = 4096
+REFUSALS_MAX = 64
+"""Connections above the most that are told so; those above are cut."""
+FILES_KEPT = 512
+"""File descriptors that connections leave to the mesh, the engines and the disk."""
 BACKLOG = 512
 SEND_BUFFER_BYTES = 131_072
 """What the kernel keeps for a reader that is behind, instead of megabytes."""
@@ -70,7 +76,7 @@ async def listening(
         proxy_headers=False,
         server_header=False,
         date_header=False,
-        limit_concurrency=CONNECTIONS_MAX,
+        limit_concurrency=connections_max(),
         timeout_keep_alive=IDLE_TIMEOUT_S,
         h11_max_incomplete_event_size=HEAD_BYTES_MAX,
     )
@@ -96,6 +102,14 @@ async def listening(
             await asyncio.wait(list(state.tasks))
         for connection in list(state.connections):
             connection.transport.abort()
+
+
+def connections_max() -> int:
+    """How many connections there may be, with the file descriptors that this process may have."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return CONNECTIONS_MAX
+    return min(CONNECTIONS_MAX, max(files // 2, files - FILES_KEPT))
 
 
 def _socket(address: Address) -> socket.socket:
