@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import json
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -177,21 +176,14 @@ async def fill(voter: Voter, writes: int) -> dict[str, Any]:
 
 async def obey(voter: Voter) -> None:
     """Answer every line of standard input until it ends."""
-    loop = asyncio.get_running_loop()
-    lines: asyncio.Queue[str] = asyncio.Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            loop.call_soon_threadsafe(lines.put_nowait, line)
-        loop.call_soon_threadsafe(lines.put_nowait, "")
-
-    threading.Thread(target=read, daemon=True).start()
+    lines = asyncio.StreamReader()  # reads no further than it is asked to; who writes more waits
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     work: dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = {
         "latency": lambda order: latency(voter, order["writes"]),
         "throughput": lambda order: throughput(voter, order["writers"], order["seconds"]),
         "fill": lambda order: fill(voter, order["writes"]),
     }
-    while line := await lines.get():
+    while line := await lines.readline():
         order = json.loads(line)
         match order["do"]:
             case "status":
