@@ -1,4 +1,4 @@
-"""Which rows are acceptable, and the questions asked of them."""
+"""Which rows are acceptable."""
 
 from __future__ import annotations
 
@@ -8,17 +8,7 @@ import pytest
 
 from fieldmesh.core import directory
 from fieldmesh.core.messages import Envelope
-from fieldmesh.core.model import (
-    Address,
-    Domain,
-    EngineState,
-    Load,
-    Member,
-    NodeId,
-    NodeState,
-    ProfileOffer,
-    Row,
-)
+from fieldmesh.core.model import Address, Domain, NodeId, ProfileOffer, Row
 from fieldmesh.rpc import wire
 
 ID = NodeId("a" * 32)
@@ -76,25 +66,3 @@ def test_problems_are_sentences_that_begin_with_the_field() -> None:
     assert directory.problem(ROW) == ""
     assert directory.problem(replace(ROW, name="")).startswith("name:")
     assert directory.problem(replace(ROW, profiles=ROW.profiles * 17)).startswith("profiles:")
-
-
-def test_owners_and_offers_follow_the_members_order_and_skip_rowless_ones() -> None:
-    def member(number: int, row: Row | None) -> Member:
-        address = Address(host="h", port=number)
-        return Member(
-            id=NodeId(f"{number:032x}"),
-            name=str(number),
-            address=address,
-            state=NodeState.ALIVE,
-            incarnation=1,
-            row=row,
-        )
-
-    members = [member(2, ROW), member(1, None), member(3, ROW)]
-    assert [m.name for m, _ in directory.offers(members)] == ["2", "2", "3", "3"]
-    assert [(m.name, p.name) for m, p in directory.owners(members, "food")] == [("2", "cook"), ("3", "cook")]
-    assert directory.owners(members, "cars") == []
-    assert not directory.available(members[0])
-    ready = Load(engine=EngineState.READY, slots=1)
-    assert directory.available(replace(members[0], load=ready))
-    assert not directory.available(replace(members[0], load=ready, state=NodeState.SUSPECT))

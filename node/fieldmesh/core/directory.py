@@ -1,15 +1,14 @@
-"""What every node offers. Owns: which rows are acceptable, and questions asked of them.
+"""What a node may say that it offers. Owns: which rows are acceptable.
 
 Functions over rows; no state. Must not: know how rows travel (``replica``) or who is alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol
 
 from fieldmesh.core.messages import ADDRESSES_MAX, NAME_CHARACTERS_MAX, Envelope
-from fieldmesh.core.model import Member, NodeState, ProfileOffer, Row
+from fieldmesh.core.model import Row
 
 PROFILES_MAX = 32
 DOMAINS_PER_PROFILE_MAX = 64
@@ -50,18 +49,3 @@ def problem(row: Row) -> str:
         if len(profile.domains) > DOMAINS_PER_PROFILE_MAX:
             return f"profile {profile.name}: at most {DOMAINS_PER_PROFILE_MAX} domains are accepted"
     return ""
-
-
-def offers(members: Iterable[Member]) -> list[tuple[Member, ProfileOffer]]:
-    """Every profile of every member with a row, in the members' order."""
-    return [(member, profile) for member in members if member.row for profile in member.row.profiles]
-
-
-def owners(members: Iterable[Member], domain: str) -> list[tuple[Member, ProfileOffer]]:
-    """Who declares a domain, alive or not."""
-    return [(m, p) for m, p in offers(members) if any(d.name == domain for d in p.domains)]
-
-
-def available(member: Member) -> bool:
-    """Whether a member can be asked now."""
-    return member.state is NodeState.ALIVE and member.row is not None and member.load.accepting
