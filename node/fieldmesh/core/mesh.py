@@ -205,12 +205,16 @@ class Mesh:
     @property
     def view(self) -> MeshView:
         """The mesh as this node sees it now. The same object until something changed."""
-        basis = (self.membership.revision, self._row_revision)
-        if self._view is None or basis != self._view_basis:
-            self._view_basis = basis
+        if self._view is None or self.view_changed:
+            self._view_basis = (self.membership.revision, self._row_revision)
             self._revision += 1
             self._view = self._build_view()
         return self._view
+
+    @property
+    def view_changed(self) -> bool:
+        """Whether ``view`` would be made anew: something in it changed since it was last asked for."""
+        return (self.membership.revision, self._row_revision) != self._view_basis
 
     def check(self) -> None:
         """The rules that hold between any two events, those of the machines inside included."""

@@ -92,10 +92,10 @@ class Driver:
         if self._closed:
             return
         effects = self._mesh.handle(event, self._loop.time())
+        if self._publishing is None and self._mesh.view_changed:
+            self._publishing = self._loop.call_later(VIEW_INTERVAL_S, self._publish)
         self._perform(iter(effects))
         self._set_timer()
-        if self._publishing is None:
-            self._publishing = self._loop.call_later(VIEW_INTERVAL_S, self._publish)
 
     def announce(self, addresses: Sequence[Address], client_addresses: Sequence[Address]) -> None:
         """Tell where this node's listeners are reached from now on, best first.

@@ -52,13 +52,13 @@ class Electorate:
 
     async def look(self) -> None:
         """Take in who is there and, as the leader, do what is next."""
-        now = asyncio.get_running_loop().time()
-        self._topology.observe(self._eligible(), now)
+        now, status = asyncio.get_running_loop().time(), self._council.status()
+        self._topology.observe(_eligible(self._view(), status), now)
         if not self._council.leading:
             self.advice = ""
             return
         self._topology.policy = VoterPolicy.of(self._council.state)
-        advice = self._advise(now)
+        advice = self._advise(status, now)
         if advice.why != self.advice:
             self.advice = advice.why
             logger.info("voters_advice", advice=advice.why, change=type(advice.change).__name__)
@@ -70,13 +70,7 @@ class Electorate:
             self.advice = f"{advice.why}; not yet: {error.message}"
             logger.info("voters_not_changed", code=error.code, why=error.message)
 
-    def _eligible(self) -> MeshView:
-        """Members of the log, and those who follow it as it is now: not another log, nor an old epoch."""
-        view, status = self._view(), self._council.status()
-        return replace(view, members=tuple(m for m in view.members if _may_vote(m, status)))
-
-    def _advise(self, now: float) -> Advice:
-        status = self._council.status()
+    def _advise(self, status: CouncilStatus, now: float) -> Advice:
         consensus = self._council.host.consensus
         raft = consensus.raft.status if consensus is not None else None
         return self._topology.advise(
@@ -87,6 +81,11 @@ class Electorate:
             pending=raft is None or raft.members_index > raft.commit,
             now=now,
         )
+
+
+def _eligible(view: MeshView, status: CouncilStatus) -> MeshView:
+    """Members of the log, and those who follow it as it is now: not another log, nor an old epoch."""
+    return replace(view, members=tuple(m for m in view.members if _may_vote(m, status)))
 
 
 def _may_vote(member: Member, status: CouncilStatus) -> bool:
