@@ -21,7 +21,7 @@ from typing import Any
 from fieldmesh.core.consensus import Consensus
 from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_members import choose_voters, next_change
-from fieldmesh.core.raft_model import EntryKind, Members, RaftConfig, Transfer
+from fieldmesh.core.raft_model import Doubt, EntryKind, Members, RaftConfig, Transfer
 from simulations.linearizability import first_violation
 from simulations.raft_clients import Clients
 from simulations.raft_cluster import Cluster, Watched
@@ -40,6 +40,7 @@ FAULT_KINDS = (
     "disk_full",
     "slow_disk",
     "transfer",
+    "doubt",
     "wipe",
     "resize",
 )
@@ -300,6 +301,15 @@ class Trial:
         if leader is not None:
             self.counts["transfers_asked"] += 1
             self.world.post(leader, Transfer(to=NodeId(self.random.choice(self.cluster.labels))))
+
+    def _cause_doubt(self) -> None:
+        """The hosts of some doubt that the leader is there: often because it is not, as often for nothing."""
+        for label in self.cluster.labels:
+            node = self.cluster.node(label)
+            leader = node.consensus.raft.leader if node is not None else None
+            if leader is not None and self.random.random() < 0.7:
+                self.counts["doubts"] += 1
+                self.world.post(label, Doubt(node=leader), self.random.uniform(0.0, 0.1))
 
     def _cause_wipe(self) -> None:
         """A box gets a new disk and keeps its name. One at a time, among three voters at least, and in no

@@ -237,9 +237,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="votes despite a live leader",
         target="raft:Raft._hears_leader",
-        old="self._now - self._heard < self.config.election_timeout_s",
+        old="self._now - self._heard < patience_s",
         new="False",
         test="test_raft_election:TestPreVoteAndLease.test_a_vote_is_not_even_considered_while_a_leader_is_heard",
+    ),
+    Mutant(
+        name="doubt ends the lease",
+        target="raft:Raft._hears_leader",
+        old="self.config.heartbeat_s if self._doubted",
+        new="0.0 if self._doubted",
+        test="test_raft_election:TestDoubt.test_no_vote_for_another_within_a_heartbeat_of_a_doubted_leader",
+    ),
+    Mutant(
+        name="doubt outlives a word of the leader",
+        target="raft:Raft._follow",
+        old="self._doubted = False",
+        new="pass",
+        test="test_raft_election:TestDoubt.test_a_word_of_the_leader_ends_the_doubt",
     ),
     Mutant(
         name="leads on without a majority",

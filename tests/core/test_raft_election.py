@@ -6,8 +6,10 @@ import pytest
 from raft_bench import Bench, of_kind
 
 from fieldmesh.core.events import Tick
+from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_model import (
     Append,
+    Doubt,
     Post,
     PreVote,
     PreVoteReply,
@@ -174,6 +176,69 @@ class TestPreVoteAndLease:
         bench.handle("a", Tick())
         bench.give("a", "b", 7, PreVoteReply(granted=True))
         assert bench.nodes["a"].role is Role.PRE_CANDIDATE
+
+
+class TestDoubt:
+    """A hint of the host that the leader is gone. It shortens the wait of §4.2.3 to one heartbeat, no more:
+    the pre-vote (§9.6) still asks the others, and the vote its log and term."""
+
+    def test_the_followers_of_a_leader_that_is_gone_go_on_after_one_heartbeat(self) -> None:
+        bench = Bench()
+        term = bench.elect("a").term
+        died = bench.now
+        for follower in "bc":
+            bench.handle(follower, Doubt(node=NodeId("a")))
+        bench.pass_time(2.01 * bench.config.heartbeat_s, "bc")
+        assert bench.now - died < bench.config.election_timeout_s
+        assert [bench.nodes[n].role for n in "bc"].count(Role.LEADER) == 1
+        assert bench.nodes["b"].term == term + 1
+
+    def test_a_leader_that_is_heard_keeps_its_office_whatever_is_thought_of_it(self) -> None:
+        bench = Bench()
+        term = bench.elect("a").term
+        for _ in range(200):
+            for follower in "bc":
+                bench.handle(follower, Doubt(node=NodeId("a")))
+            bench.pass_time(0.05)
+        assert (bench.nodes["a"].role, bench.nodes["a"].term) == (Role.LEADER, term)
+
+    def test_one_follower_that_doubts_does_not_depose_a_leader_whom_others_hear(self) -> None:
+        bench = Bench()
+        term = bench.elect("a").term
+        bench.handle("c", Doubt(node=NodeId("a")))
+        for _ in range(40):
+            bench.pass_time(0.05, "ab")
+            bench.handle("c", Tick())
+            bench.settle("bc")
+        assert bench.nodes["c"].role is Role.PRE_CANDIDATE
+        assert (bench.nodes["a"].role, bench.nodes["b"].term) == (Role.LEADER, term)
+
+    def test_no_vote_for_another_within_a_heartbeat_of_a_doubted_leader(self) -> None:
+        bench = Bench()
+        term = bench.elect("a").term
+        bench.handle("b", Doubt(node=NodeId("a")))
+        effects = bench.give("b", "c", term + 1, PreVote(last_index=9, last_term=term))
+        assert bench.replies(effects, PreVoteReply) == [PreVoteReply(granted=False)]
+        bench.now += bench.config.heartbeat_s
+        effects = bench.give("b", "c", term + 1, PreVote(last_index=9, last_term=term))
+        assert bench.replies(effects, PreVoteReply) == [PreVoteReply(granted=True)]
+
+    def test_a_word_of_the_leader_ends_the_doubt(self) -> None:
+        bench = Bench()
+        term = bench.elect("a").term
+        bench.handle("b", Doubt(node=NodeId("a")))
+        bench.give("b", "a", term, Append(prev_index=0, prev_term=0))
+        bench.now += bench.config.heartbeat_s
+        effects = bench.give("b", "c", term + 1, PreVote(last_index=9, last_term=term))
+        assert bench.replies(effects, PreVoteReply) == [PreVoteReply(granted=False)]
+
+    @pytest.mark.parametrize("whom", ["a", "c", "nobody"])
+    def test_doubt_of_those_who_do_not_lead_changes_nothing(self, whom: str) -> None:
+        bench = Bench()
+        bench.elect("b")
+        due = bench.nodes["a"].deadline
+        assert bench.handle("a", Doubt(node=NodeId(whom))) == []
+        assert bench.nodes["a"].deadline == due
 
 
 class TestCheckQuorum:

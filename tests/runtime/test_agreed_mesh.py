@@ -156,6 +156,16 @@ async def test_a_leader_that_leaves_hands_its_office_over_first(site: Mesh) -> N
     assert status.term == term + 1
 
 
+async def test_the_log_is_told_whom_the_mesh_misses(site: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = await founded(site, "b")
+    missed: asyncio.Queue[str] = asyncio.Queue(1)
+    monkeypatch.setattr(a.council.host, "doubt", lambda node: missed.full() or missed.put_nowait(node))
+    gone = site.nodes["b"].key.id
+    await site.close("b")
+    async with asyncio.timeout(15):
+        assert await missed.get() == gone
+
+
 async def test_a_lone_survivor_goes_on_and_those_who_come_back_are_shown_the_way_in(site: Mesh) -> None:
     founder = await founded(site, "b", "c")
     await put(founder, "voters/policy", QUICK)

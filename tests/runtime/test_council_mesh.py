@@ -233,6 +233,23 @@ async def test_the_office_is_handed_over_without_an_election_timeout(three: Lab)
     assert (await put(three["watcher"], "app/x", 1)).code is Code.DONE
 
 
+async def test_a_leader_that_the_mesh_misses_is_followed_without_an_election_timeout(tmp_path: Path) -> None:
+    async with open_lab(tmp_path) as lab:
+        await lab.voters("a", "b", "c")
+        for name in ("b", "c"):
+            consensus = lab[name].host.consensus
+            assert consensus is not None
+            consensus.raft.config = replace(FAST.raft, heartbeat_s=0.5, election_timeout_s=600.0)
+        gone, revision = lab.boxes["a"].id, lab["a"].state.revision
+        assert (await put(lab["a"], "app/x", 0)).code is Code.DONE
+        await lab.have(revision + 1)  # from the leader they have heard under their new patience
+        await lab.boxes["a"].stop()
+        for name in ("b", "c"):
+            lab[name].host.doubt(gone)
+        await lab.until(lambda: lab.leader in ("b", "c"))
+        assert (await put(lab["b"], "app/x", 1)).code is Code.DONE
+
+
 async def test_a_leader_that_leaves_hands_its_office_over_before(three: Lab) -> None:
     leader = three.leader
     term = three[leader].status().term

@@ -13,7 +13,8 @@ randomness of its own. The roles:
 
 - The term is raised only after a majority has said that it would vote (pre-vote, §9.6), and nobody would
   who has heard of a leader within an election timeout (§4.2.3): a node that comes back, or that a one-way
-  cut keeps from hearing the leader, disturbs nobody.
+  cut keeps from hearing the leader, disturbs nobody. Where the host doubts that the leader is there
+  (``Doubt``), a heartbeat takes the place of that timeout.
 - A leader that has not heard from a majority for an election timeout steps down (check-quorum, §6.2).
 - Neither rests on clocks for safety: reads are proved by a round of messages (ReadIndex, §6.4).
 - A leader's Appends go out before its own Save, so both disks work at once (§10.2.1); its own entry counts
@@ -48,6 +49,7 @@ from fieldmesh.core.raft_model import (
     Chunk,
     ChunkReply,
     Compact,
+    Doubt,
     Entry,
     EntryKind,
     Members,
@@ -122,6 +124,7 @@ class Raft:
         self._votes: set[NodeId] = set()
         self._foreign: tuple[NodeId, str, int] | None = None
         self._heard = float("-inf")
+        self._doubted = False
         self._election_due = now + self._election_timeout()
         self._hard_changed = False
         self._posts: list[Post] = []
@@ -222,6 +225,8 @@ class Raft:
                 self._change(event)
             case Transfer(to=to):
                 self._transfer(to)
+            case Doubt(node=node):
+                self._doubt(node)
             case Saved(sequence=sequence):
                 self.log.saved(sequence)
                 self._advance()
@@ -303,7 +308,18 @@ class Raft:
             self._election_due = self._now + self._election_timeout()
         self.role = Role.FOLLOWER
         self.leader = leader
+        self._doubted = False
         self._votes = set()
+
+    def _doubt(self, node: NodeId) -> None:
+        """Wait for the leader for one more heartbeat only. Both waits are there to spare a working leader
+        (§4.2.3); what makes an election safe does not rest on them."""
+        if self.role is not Role.FOLLOWER or self.leader != node or self._doubted:
+            return
+        self._doubted = True
+        missed_at = max(self._now, self._heard + self.config.heartbeat_s)
+        patience_s = self._rng.random() * self.config.heartbeat_s  # drawn, as election timeouts are (§3.4)
+        self._election_due = min(self._election_due, missed_at + patience_s)
 
     def _ask_around(self) -> None:
         """Begin a pre-vote: the term stays as it is until a majority agrees (§9.6)."""
@@ -348,13 +364,13 @@ class Raft:
         return len(nodes.intersection(voters)) >= self.log.members.quorum
 
     def _hears_leader(self) -> bool:
-        """The lease: a leader was heard within the shortest election timeout, so no other is needed (§4.2.3).
+        """The lease: a leader was heard within the shortest election timeout, so no other is needed (§4.2.3);
+        within a heartbeat, where the host doubts that it is there.
 
         It only refuses votes. No read rests on it.
         """
-        return self.role is Role.LEADER or (
-            self.leader is not None and self._now - self._heard < self.config.election_timeout_s
-        )
+        patience_s = self.config.heartbeat_s if self._doubted else self.config.election_timeout_s
+        return self.role is Role.LEADER or (self.leader is not None and self._now - self._heard < patience_s)
 
     # --- messages ---
 

@@ -273,6 +273,14 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Doubt:
+    """The host has another reason than silence to think that ``node`` is gone. It may be wrong: where that
+    node leads, its followers wait for one heartbeat more instead of an election timeout."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """The Save with this sequence number, and all before it, are durable."""
 
@@ -288,7 +296,17 @@ class Compact:
 
 
 RaftEvent = (
-    Tick | Received[Message] | Propose | Read | AddLearner | Promote | Remove | Transfer | Saved | Compact
+    Tick
+    | Received[Message]
+    | Propose
+    | Read
+    | AddLearner
+    | Promote
+    | Remove
+    | Transfer
+    | Doubt
+    | Saved
+    | Compact
 )
 
 

@@ -15,7 +15,7 @@ import grpc
 
 from fieldmesh.core.effective import Rules, effective
 from fieldmesh.core.mesh import OfferChanged
-from fieldmesh.core.model import NodeId, Seat
+from fieldmesh.core.model import NodeId, NodeState, Seat
 from fieldmesh.core.settings import State
 from fieldmesh.runtime import log
 from fieldmesh.runtime.admin import ADMIN, Admin
@@ -28,6 +28,8 @@ from fieldmesh.runtime.raft_service import RaftService
 from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
 from fieldmesh.runtime.recovery import superseded
 from fieldmesh.runtime.state import StateFolder
+
+_MISSED = (NodeState.SUSPECT, NodeState.DEAD, NodeState.LEFT)
 
 logger = log.get()
 
@@ -102,13 +104,16 @@ class Agreement:
             await news.wait()
 
     async def _hear_seats(self) -> None:
-        """Tell the council what others say of their logs, and let this node's log rest if the mesh has gone
-        on without it: at once, for two that come back together could elect a leader."""
+        """Tell the council who is missed and what others say of their logs, and let this node's log rest if
+        the mesh has gone on without it: at once, for two that come back together could elect a leader."""
         view, seats = self._driver.view, dict[NodeId, Seat]()
         while True:
             if (now := self._links.seats()) != seats:
                 seats = dict(now)
                 self.council.neighbours_changed()
+            for member in view.members:
+                if member.state in _MISSED:
+                    self.council.host.doubt(member.id)
             why = superseded(self.council.seat, view)
             if why and self.council.host.consensus is not None:
                 self.council.host.stop(why)

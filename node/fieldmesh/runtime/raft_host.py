@@ -37,6 +37,7 @@ from fieldmesh.core.raft_members import recovered
 from fieldmesh.core.raft_model import (
     Apply,
     Change,
+    Doubt,
     MembersChanged,
     Message,
     Post,
@@ -299,6 +300,11 @@ class RaftHost:
         for effect in self._handle(Transfer(to=to)):
             if isinstance(effect, Refused):
                 raise RefusedHere(effect.reason, effect.leader)
+
+    def doubt(self, node: NodeId) -> None:
+        """The mesh misses ``node``: where it leads, its followers need not wait for long."""
+        if self.consensus is not None and self.consensus.raft.leader == node:
+            self._handle(Doubt(node=node))
 
     def received(self, sender: NodeId, message: Message) -> None:
         """A message came from ``sender``."""
