@@ -26,6 +26,7 @@ from fieldmesh.core.dispatch import (
     Failed,
     Finish,
     Phase,
+    Resumption,
     Start,
     Stop,
     ViewMoved,
@@ -45,6 +46,7 @@ from fieldmesh.core.model import (
     ProfileOffer,
     Prompt,
     RequestId,
+    SamplingOverrides,
     Usage,
 )
 from fieldmesh.core.routing import Candidate, Decision, Policy
@@ -52,7 +54,7 @@ from fieldmesh.core.routing import Candidate, Decision, Policy
 HERE, THERE, ELSEWHERE = NodeId("a" * 32), NodeId("b" * 32), NodeId("c" * 32)
 
 
-def candidate(node: NodeId) -> Candidate:
+def candidate(node: NodeId, fingerprint: str = "f") -> Candidate:
     member = Member(
         id=node,
         name=node[0],
@@ -61,7 +63,9 @@ def candidate(node: NodeId) -> Candidate:
         incarnation=1,
         load=Load(engine=EngineState.READY, slots=1, queue_max=1),
     )
-    return Candidate(member=member, offer=ProfileOffer(name="p", model="m", fingerprint="f"), score=0.0)
+    return Candidate(
+        member=member, offer=ProfileOffer(name="p", model="m", fingerprint=fingerprint), score=0.0
+    )
 
 
 class Mesh:
@@ -69,20 +73,29 @@ class Mesh:
 
     def __init__(self, *nodes: NodeId) -> None:
         self.nodes = list(nodes)
+        self.fingerprints: dict[NodeId, str] = {}
         self.refusal: errors.FieldmeshError = errors.NoCandidate("nobody")
 
     def route(self, failed: frozenset[NodeId], full: frozenset[NodeId]) -> Decision:
         left = [node for node in self.nodes if node not in failed | full]
         if not left:
             raise self.refusal
-        return Decision(policy=Policy.RANDOM, candidates=tuple(candidate(node) for node in left))
+        return Decision(
+            policy=Policy.RANDOM,
+            candidates=tuple(candidate(node, self.fingerprints.get(node, "f")) for node in left),
+        )
 
 
 def dispatch(
-    mesh: Mesh, *, deadline_at: float | None = None, settled_at: float = 0.0, **config: float
+    mesh: Mesh,
+    *,
+    deadline_at: float | None = None,
+    settled_at: float = 0.0,
+    ask: Ask | None = None,
+    **config: float,
 ) -> Dispatch:
     return Dispatch(
-        Ask(request_id=RequestId("r"), prompt=Prompt(text="hello")),
+        ask or Ask(request_id=RequestId("r"), prompt=Prompt(text="hello")),
         generation_id="g",
         entry=Entry(node=HERE, name="here", settled_at=settled_at),
         route=mesh.route,
@@ -321,6 +334,118 @@ def test_a_stream_that_flows_survives_suspicion_but_not_death() -> None:
     assert isinstance(failure(effects), errors.StreamLost)
 
 
+# --- a node that leaves ------------------------------------------------------------------
+
+LEAVES = ViewMoved(states={}, draining=frozenset({THERE}))
+
+
+def moving(mesh: Mesh | None = None, ask: Ask | None = None) -> tuple[Dispatch, list[DispatchEffect]]:
+    """A request that has three tokens when its node begins to leave; what comes of that."""
+    life = dispatch(mesh or Mesh(THERE, ELSEWHERE), ask=ask)
+    life.begin(0.0)
+    life.handle(Arrived(epoch=0, chunk=chunk(0, 3)), 0.5)
+    return life, life.handle(LEAVES, 1.0)
+
+
+def test_a_stream_goes_on_at_another_node_when_its_own_begins_to_leave() -> None:
+    life, effects = moving()
+    (start,) = effects
+    assert isinstance(start, Start)
+    assert (start.candidate.member.id, start.epoch) == (ELSEWHERE, 1)
+    assert start.resumption == Resumption(token_ids=(0, 1, 2), node=THERE, epoch=0)
+    assert life.handle(Arrived(epoch=0, chunk=chunk(3, 2)), 1.1) == [], "held back"
+    cancelled, delivered = life.handle(Arrived(epoch=1, chunk=chunk(3, 4)), 1.2)
+    assert cancelled == Cancel(epoch=0), "it is needed for as long as its state is"
+    assert isinstance(delivered, Deliver)
+    assert life.handle(Failed(epoch=0, error=GONE), 1.3) == []
+    (finish,) = life.handle(Ended(epoch=1, completion=DONE), 2.0)
+    assert isinstance(finish, Finish)
+    assert finish.result.served_by == ELSEWHERE
+    assert [(a.node, a.reason, a.first_token_index, a.last_token_index) for a in finish.result.attempts] == [
+        (THERE, "moved", 0, 3),
+        (ELSEWHERE, "served", 3, 7),
+    ]
+
+
+def test_a_stream_goes_on_where_it_was_when_the_other_node_refuses() -> None:
+    life, _ = moving()
+    life.handle(Arrived(epoch=0, chunk=chunk(3, 2)), 1.1)
+    (delivered,) = life.handle(Failed(epoch=1, error=errors.QueueFull("full")), 1.2)
+    assert isinstance(delivered, Deliver)
+    assert (delivered.chunk.token_ids, delivered.chunk.epoch) == ((3, 4), 0)
+    (finish,) = life.handle(Ended(epoch=0, completion=DONE), 2.0)
+    assert isinstance(finish, Finish)
+    assert [attempt.reason for attempt in finish.result.attempts] == ["QUEUE_FULL", "served"]
+
+
+def test_a_node_that_starts_anew_instead_of_going_on_is_not_believed() -> None:
+    life, _ = moving()
+    effects = life.handle(Arrived(epoch=1, chunk=chunk(0, 2)), 1.1)
+    assert effects == [Cancel(epoch=1)]
+    assert isinstance(life.handle(Arrived(epoch=0, chunk=chunk(3, 1)), 1.2)[0], Deliver)
+
+
+def test_a_leaving_node_that_finishes_first_has_answered() -> None:
+    life, _ = moving()
+    life.handle(Arrived(epoch=0, chunk=chunk(3, 2)), 1.1)
+    cancelled, delivered, finish = life.handle(Ended(epoch=0, completion=DONE), 1.2)
+    assert cancelled == Cancel(epoch=1)
+    assert isinstance(delivered, Deliver)
+    assert isinstance(finish, Finish)
+    assert finish.result.served_by == THERE
+
+
+def test_a_move_goes_on_when_the_leaving_node_is_gone_before_its_end() -> None:
+    life, _ = moving()
+    assert life.handle(Failed(epoch=0, error=GONE), 1.1) == []
+    assert isinstance(life.handle(Arrived(epoch=1, chunk=chunk(3, 1)), 1.2)[-1], Deliver)
+
+
+def test_a_stream_that_loses_both_nodes_is_lost() -> None:
+    life, _ = moving()
+    life.handle(Failed(epoch=0, error=GONE), 1.1)
+    error = failure(life.handle(Failed(epoch=1, error=LOST), 1.2))
+    assert isinstance(error, errors.StreamLost)
+    assert error.metadata["tokens_delivered"] == "3"
+
+
+@pytest.mark.parametrize(
+    "event", [Stop(error=errors.Cancelled("gone")), Wake()], ids=["caller leaves", "deadline passes"]
+)
+def test_an_end_in_the_middle_of_a_move_stops_both_nodes(event: DispatchEvent) -> None:
+    life, _ = moving()
+    effects = life.handle(event, 1e6)
+    assert [e for e in effects if isinstance(e, Cancel)] == [Cancel(epoch=1), Cancel(epoch=0)]
+    failure(effects)
+
+
+def test_a_stream_stays_where_nobody_else_has_its_model() -> None:
+    assert moving(Mesh(THERE))[1] == []
+    other = Mesh(THERE, ELSEWHERE)
+    other.fingerprints[ELSEWHERE] = "another"
+    assert moving(other)[1] == []
+
+
+def test_several_answers_stay_together() -> None:
+    ask = Ask(
+        request_id=RequestId("r"), prompt=Prompt(text="hello"), sampling=SamplingOverrides(n=2, max_tokens=9)
+    )
+    assert moving(ask=ask)[1] == []
+
+
+def test_what_runs_at_the_node_that_was_asked_does_not_move() -> None:
+    life = dispatch(Mesh(HERE, ELSEWHERE))
+    life.begin(0.0)
+    life.handle(Arrived(epoch=0, chunk=chunk(0, 3)), 0.5)
+    assert life.handle(ViewMoved(states={}, draining=frozenset({HERE})), 1.0) == []
+
+
+def test_a_request_without_a_token_does_not_move() -> None:
+    life = dispatch(Mesh(THERE, ELSEWHERE))
+    life.begin(0.0)
+    assert life.handle(LEAVES, 1.0) == []
+
+
 def test_a_node_that_restarted_has_forgotten_its_streams() -> None:
     life = dispatch(Mesh(THERE))
     life.begin(0.0)
@@ -379,6 +504,7 @@ random_events = st.one_of(
     st.builds(
         ViewMoved,
         states=st.dictionaries(st.sampled_from([HERE, THERE, ELSEWHERE]), st.sampled_from(list(NodeState))),
+        draining=st.frozensets(st.sampled_from([HERE, THERE, ELSEWHERE])),
     ),
     st.just(Wake()),
     st.just(Stop(error=errors.Cancelled("gone"))),
@@ -400,7 +526,7 @@ def test_whatever_happens_there_is_one_continuous_stream_and_one_end(
             assert ends == 0, "nothing follows the end"
             match effect:
                 case Start():
-                    assert not running, "one attempt at a time"
+                    assert len(running) <= (effect.resumption is not None), "one attempt at a time"
                     running.add(effect.epoch)
                 case Cancel():
                     running.discard(effect.epoch)

@@ -7,11 +7,16 @@ choose by load (``routing`` does, through the function it is given), move bytes,
                  │ route gives one   │ or patience or the deadline ends
                  ▼                   │
               RUNNING ── failed, nothing delivered ──► (next attempt, or WAITING)
-                 │  └─── failed, tokens delivered ───► ENDED: StreamLost
+                 │  ├─── failed, tokens delivered ───► ENDED: StreamLost
+                 │  └─── its node begins to leave ───► RUNNING elsewhere, where that can be
                  ▼
                ENDED: one Finish or one Fail, never both, never neither
 
 The caller's stream is one: chunks of a later attempt are delivered only where they join the earlier ones.
+
+When the serving node begins to leave, another one that has the same profile and model goes on after the
+tokens that were delivered. Until it has said something, the old attempt runs on and what it says is held
+back: where the other refuses, the stream goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -104,11 +109,13 @@ class Failed:
 class ViewMoved:
     """The mesh looks different: states of the nodes that changed, and incarnations of those that restarted.
 
-    A box that lost power and is back may leave a stream to its earlier life open for long.
+    A box that lost power and is back may leave a stream to its earlier life open for long. ``draining`` nodes
+    have begun to leave.
     """
 
     states: Mapping[NodeId, NodeState]
     restarted: Mapping[NodeId, int] = field(default_factory=dict)
+    draining: frozenset[NodeId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +137,22 @@ DispatchEvent = Arrived | Ended | Failed | ViewMoved | Stop | Wake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """Go on after ``token_ids``, which were delivered. What was computed for them may be had from the attempt
+    of ``epoch`` at ``node``, as long as that runs."""
+
+    token_ids: tuple[int, ...]
+    node: NodeId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """Run the request at this candidate; by the node's own engine where its member is the local one."""
 
     epoch: int
     candidate: Candidate
+    resumption: Resumption | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +184,18 @@ class Fail:
 
 
 DispatchEffect = Start | Cancel | Deliver | Finish | Fail
+
+
+@dataclass(slots=True, kw_only=True)
+class _Leaving:
+    """An attempt at a node that leaves, while another is to take over: what it said since then. ``lost``: it
+    can say no more."""
+
+    epoch: int
+    candidate: Candidate
+    first_index: int
+    said: list[Arrived] = field(default_factory=list)
+    lost: bool = False
 
 
 class Phase(Enum):
@@ -250,8 +280,10 @@ class Dispatch:
         self._nodes_full: set[NodeId] = set()
         self._decision: Decision | None = None
         self._candidate: Candidate | None = None
-        self._epoch = -1
+        self._epoch = self._epoch_last = -1
         self._epoch_first_index = 0
+        self._delivered: list[int] = []
+        self._leaving: _Leaving | None = None
         self._pauses = 0
         self._wait_until: float | None = None
         self._last_error: FieldmeshError | None = None
@@ -287,6 +319,13 @@ class Dispatch:
         """Take one event; an ended request answers everything with nothing."""
         if self.phase is Phase.ENDED:
             return []
+        leaving = self._leaving
+        if (
+            isinstance(event, Arrived | Ended | Failed)
+            and leaving is not None
+            and event.epoch == leaving.epoch
+        ):
+            return self._still_said(leaving, event, now)
         match event:
             case Arrived():
                 return self._arrived(event, now)
@@ -309,6 +348,8 @@ class Dispatch:
         assert (self.phase is Phase.WAITING) or self._wait_until is None, self
         assert len(self.attempts) <= self._config.attempts_max, self
         assert self._epoch_first_index <= self.tokens_delivered, self
+        assert self._leaving is None or self.phase is Phase.RUNNING, self
+        assert not self._single or len(self._delivered) == self.tokens_delivered, self
         assert (self.tokens_delivered > 0) <= (self._first_token_at is not None), self
 
     # --- the attempt that runs -----------------------------------------------------------
@@ -331,7 +372,10 @@ class Dispatch:
             self._first_token_at = now
         self._next_index[chunk.index] = chunk.next_token_index
         self.tokens_delivered += len(chunk.token_ids)
-        return [Deliver(chunk=replace(chunk, generation_id=self.generation_id, epoch=self._epoch))]
+        if self._single:
+            self._delivered += chunk.token_ids
+        delivered = replace(chunk, generation_id=self.generation_id, epoch=self._epoch)
+        return [*self._taken_over(), Deliver(chunk=delivered)]
 
     def _ended(self, event: Ended, now: float) -> list[DispatchEffect]:
         if not self._runs(event.epoch):
@@ -339,6 +383,7 @@ class Dispatch:
         candidate, decision = self._candidate, self._decision
         assert candidate is not None
         assert decision is not None
+        taken_over = self._taken_over()
         relayed = event.relayed
         if relayed is None:
             self._record("served")
@@ -364,11 +409,13 @@ class Dispatch:
             explanation=explained(decision) if self.ask.explain else None,
         )
         self._end()
-        return [Finish(result=result)]
+        return [*taken_over, Finish(result=result)]
 
     def _failed(self, error: FieldmeshError, now: float) -> list[DispatchEffect]:
         assert self._candidate is not None
         self._record(error.code)
+        if self._leaving is not None and not self._leaving.lost:
+            return self._go_back(self._leaving, now)
         self._last_error = error
         tried = self._nodes_full if isinstance(error, errors.QueueFull) else self._nodes_failed
         tried.add(self._candidate.member.id)
@@ -402,9 +449,78 @@ class Dispatch:
         ):
             why = f"stopped answering ({state.value})"
         else:
-            return []
+            return self._move() if member.id in event.draining else []
         error = errors.NodeUnreachable(f"{member.name} {why}")
         return [Cancel(epoch=self._epoch), *self._failed(error, now)]
+
+    # --- from a node that leaves to another ----------------------------------------------
+
+    @property
+    def _single(self) -> bool:
+        """Whether one answer was asked for: several are not moved."""
+        return self.ask.sampling.n in (None, 1)
+
+    def _move(self) -> list[DispatchEffect]:
+        """Let another node go on, where one has the same profile of the same model. Before the first token
+        there is nothing to move, and what runs here cannot go anywhere without its caller."""
+        left = self._candidate
+        assert left is not None
+        spare = self._config.attempts_max - len(self.attempts) >= 2
+        if not (self._single and self.tokens_delivered and spare) or self._leaving is not None:
+            return []
+        if left.member.id == self._entry.node:
+            return []
+        try:
+            decision = self._route(
+                frozenset({*self._nodes_failed, left.member.id}), frozenset(self._nodes_full)
+            )
+        except FieldmeshError:
+            return []
+        wanted = left.offer.name, left.offer.fingerprint
+        found = next((c for c in decision.candidates if (c.offer.name, c.offer.fingerprint) == wanted), None)
+        if found is None:
+            return []
+        self._leaving = _Leaving(epoch=self._epoch, candidate=left, first_index=self._epoch_first_index)
+        resumption = Resumption(token_ids=tuple(self._delivered), node=left.member.id, epoch=self._epoch)
+        return [self._start(found, resumption)]
+
+    def _still_said(
+        self, leaving: _Leaving, event: Arrived | Ended | Failed, now: float
+    ) -> list[DispatchEffect]:
+        """Something came from the attempt that is being left."""
+        match event:
+            case Arrived():
+                leaving.said.append(event)
+                return []
+            case Ended():  # it was faster
+                over = Cancel(epoch=self._epoch)
+                self._record(errors.Cancelled.code)
+                return [over, *self._go_back(leaving, now), *self.handle(event, now)]
+            case Failed():
+                leaving.lost = True
+                return []
+
+    def _taken_over(self) -> list[DispatchEffect]:
+        """The other node goes on: the one that leaves is not needed any more."""
+        leaving, self._leaving = self._leaving, None
+        if leaving is None:
+            return []
+        self._record_one(
+            leaving.candidate, leaving.epoch, leaving.first_index, self._epoch_first_index, "moved"
+        )
+        return [Cancel(epoch=leaving.epoch)]
+
+    def _go_back(self, leaving: _Leaving, now: float) -> list[DispatchEffect]:
+        """The other node cannot go on: the one that leaves does, as long as it may."""
+        self._leaving = None
+        self._candidate, self._epoch = leaving.candidate, leaving.epoch
+        self._epoch_first_index = leaving.first_index
+        return [effect for event in leaving.said for effect in self.handle(event, now)]
+
+    def _cancels(self) -> list[DispatchEffect]:
+        """Stop whatever runs for this request."""
+        leaving = [Cancel(epoch=self._leaving.epoch)] if self._leaving is not None else []
+        return [Cancel(epoch=self._epoch), *leaving]
 
     # --- the next attempt ----------------------------------------------------------------
 
@@ -421,11 +537,14 @@ class Dispatch:
         except FieldmeshError as error:
             return self._nobody(error, now)
         self._decision = decision
-        self._candidate = decision.candidates[0]
-        self._epoch += 1
+        return [self._start(decision.candidates[0])]
+
+    def _start(self, candidate: Candidate, resumption: Resumption | None = None) -> Start:
+        self._candidate = candidate
+        self._epoch = self._epoch_last = self._epoch_last + 1
         self._epoch_first_index = self.tokens_delivered
         self.phase = Phase.RUNNING
-        return [Start(epoch=self._epoch, candidate=self._candidate)]
+        return Start(epoch=self._epoch, candidate=candidate, resumption=resumption)
 
     def _nobody(self, error: FieldmeshError, now: float) -> list[DispatchEffect]:
         """Nobody is left to try: wait for somebody to come back, where that is likely to help."""
@@ -447,7 +566,7 @@ class Dispatch:
 
     def _wake(self, now: float) -> list[DispatchEffect]:
         if now >= self._deadline_at:
-            running = [Cancel(epoch=self._epoch)] if self.phase is Phase.RUNNING else []
+            running = self._cancels() if self.phase is Phase.RUNNING else []
             if running:
                 self._record(errors.DeadlineExceeded.code)
             return [*running, *self._fail(self._too_late())]
@@ -460,7 +579,7 @@ class Dispatch:
             return self._fail(error)
         self._record(error.code)
         lost = self.tokens_delivered and isinstance(error, MOVES_ON)
-        return [Cancel(epoch=self._epoch), *self._fail(self._lost_midway(error) if lost else error)]
+        return [*self._cancels(), *self._fail(self._lost_midway(error) if lost else error)]
 
     def _too_late(self) -> FieldmeshError:
         return errors.DeadlineExceeded(
@@ -472,14 +591,17 @@ class Dispatch:
 
     def _record(self, reason: str) -> None:
         assert self._candidate is not None
+        self._record_one(self._candidate, self._epoch, self._epoch_first_index, self.tokens_delivered, reason)
+
+    def _record_one(self, candidate: Candidate, epoch: int, first: int, last: int, reason: str) -> None:
         self.attempts.append(
             Attempt(
-                node=self._candidate.member.id,
-                node_name=self._candidate.member.name,
-                model_fingerprint=self._candidate.offer.fingerprint,
-                epoch=self._epoch,
-                first_token_index=self._epoch_first_index,
-                last_token_index=self.tokens_delivered,
+                node=candidate.member.id,
+                node_name=candidate.member.name,
+                model_fingerprint=candidate.offer.fingerprint,
+                epoch=epoch,
+                first_token_index=first,
+                last_token_index=last,
                 reason=reason,
             )
         )
@@ -490,7 +612,7 @@ class Dispatch:
 
     def _end(self) -> None:
         self.phase = Phase.ENDED
-        self._candidate = None
+        self._candidate = self._leaving = None
         self._wait_until = None
 
 

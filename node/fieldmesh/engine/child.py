@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ from fieldmesh.engine.loop import EngineLoop
 from fieldmesh.engine.measuring import Tuning
 from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.states import fingerprint_of
 
 if TYPE_CHECKING:
     from fieldmesh.engine.grammars import Grammars
@@ -125,9 +127,12 @@ def _load(
     grammars = Grammars(model.vocabulary, Trial, channel.wake)
     loop = EngineLoop(settings, model, new_seed=lambda: secrets.randbits(32), grammars=grammars)
     loop.warm_up(time.monotonic)
+    info = _info(settings, header, known, model, loop, kept.words if kept else "")
     if settings.state_bytes_max:
-        loop.keep_states(model, model.state_facts() | {"file": known}, exchange_fd, wake=channel.wake)
-    return loop, _info(settings, header, known, model, loop, kept.words if kept else ""), grammars
+        facts = model.state_facts() | {"file": known}
+        loop.keep_states(model, facts, exchange_fd, wake=channel.wake)
+        info = replace(info, state_fingerprint=fingerprint_of(facts))
+    return loop, info, grammars
 
 
 def _info(

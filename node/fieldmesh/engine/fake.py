@@ -25,6 +25,7 @@ from fieldmesh.engine.front import EngineFront
 from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
 from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
+from fieldmesh.engine.states import fingerprint_of
 
 _WORDS = tuple(
     word
@@ -40,6 +41,7 @@ _BOS, _EOS = _BYTES, _BYTES + 1
 _FIRST_WORD = _BYTES + 2
 FAKE_VOCABULARY_TOKENS = _FIRST_WORD + len(_WORDS)
 FAKE_STATE_BYTES = 64
+FAKE_FACTS: dict[str, object] = {"fake": True}
 _END_EVERY_TOKENS = 200
 """On average a fake answer ends by itself after this many tokens."""
 
@@ -182,7 +184,7 @@ class FakeEngine(EngineFront):
         settings = replace(self.settings, state_folder="")  # what says nothing need not reach a disk
         loop = EngineLoop(settings, model, new_seed=lambda: next(seeds))
         if self.settings.state_bytes_max:
-            loop.keep_states(model, {"fake": True}, self._exchange.fd, wake=self._arrived.set, inline=True)
+            loop.keep_states(model, FAKE_FACTS, self._exchange.fd, wake=self._arrived.set, inline=True)
         self._commands.clear()
         self._take(Ready(self._describe()))
         self._take(loop.statistics())
@@ -255,4 +257,5 @@ class FakeEngine(EngineFront):
             slots=self.settings.slots,
             vocabulary_tokens=FAKE_VOCABULARY_TOKENS,
             threads=self.settings.threads,
+            state_fingerprint=fingerprint_of(FAKE_FACTS) if self.settings.state_bytes_max else "",
         )

@@ -51,7 +51,8 @@ class EngineInfo:
     """What was loaded. ``fingerprint`` is the hex SHA-256 that names the model's content.
 
     ``threads``, ``prefill_tokens`` and ``mixed_tokens`` are what it runs with; ``measured`` says in words
-    what they were chosen by, and is empty where all were fixed.
+    what they were chosen by, and is empty where all were fixed. ``state_fingerprint`` names what the bytes
+    of a sequence's state depend on; it is empty where no states are kept.
     """
 
     model: str
@@ -66,6 +67,7 @@ class EngineInfo:
     prefill_tokens: int = 0
     mixed_tokens: int = 0
     measured: str = ""
+    state_fingerprint: str = ""
     settings: dict[str, str] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
+from fieldmesh.core.dispatch import Resumption
 from fieldmesh.core.errors import Cancelled, FieldmeshError, NodeUnreachable
 from fieldmesh.core.model import (
     Address,
@@ -53,6 +54,7 @@ class Forwarder:
         path: tuple[NodeId, ...],
         hops_left: int,
         deadline_s: float,
+        resumption: Resumption | None = None,
     ) -> AsyncGenerator[Started | Chunk | Completion | Result, None]:
         """Run ``ask`` at the candidate. Closing the generator cancels the run there.
 
@@ -65,6 +67,9 @@ class Forwarder:
             hops_left=hops_left,
             profile=candidate.offer.name,
         )
+        if resumption is not None:
+            request.delivered_token_ids.extend(resumption.token_ids)
+            request.state.CopyFrom(peer_pb2.StateSource(node=resumption.node, epoch=resumption.epoch))
         if ask.prompt.messages:
             request.chat.CopyFrom(wire.chat_from_ask(ask))
         else:

@@ -52,6 +52,8 @@ AttemptEvent = Started | Chunk | Completion | Result
 
 RunAttempt = Callable[["Generation", Start], AsyncIterator[AttemptEvent]]
 
+SEED_BITS = 32
+
 logger = log.get()
 
 
@@ -92,6 +94,7 @@ class Generation:
         self._context = contextvars.copy_context()
         now = self._loop.time()
         self.ask = ask
+        self.asked = _seeded(ask, rng)
         self.path = path
         self.hops_left = hops_left
         self.outcome: Result | FieldmeshError | None = None
@@ -107,7 +110,7 @@ class Generation:
         self._drained = asyncio.Event()
         self._lag_tokens_max = lag_tokens_max
         self._readers: dict[object, int] = {}
-        self._attempt: asyncio.Task[None] | None = None
+        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._dispatch = Dispatch(
             ask,
@@ -183,8 +186,8 @@ class Generation:
     async def close(self) -> None:
         """End it because the node stops: another node may be asked, where nothing was delivered yet."""
         self.stop(Draining("The node is stopping; ask another one", retry_after_s=0.0))
-        if self._attempt is not None:
-            await asyncio.wait((self._attempt,))
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
 
     # --- what dispatch decides -----------------------------------------------------------
 
@@ -202,11 +205,12 @@ class Generation:
                     self.candidate = effect.candidate
                     self.attempts += 1
                     self._router.begin(self.generation_id, effect.candidate, self._need)
-                    self._attempt = asyncio.create_task(self._follow(effect), context=self._context)
-                    self._log_start(effect.candidate, effect.epoch)
+                    self._tasks[effect.epoch] = asyncio.create_task(
+                        self._follow(effect), context=self._context
+                    )
+                    self._log_start(effect)
                 case Cancel():
-                    if self._attempt is not None:
-                        self._attempt.cancel()
+                    self._tasks[effect.epoch].cancel()
                 case Deliver():
                     self._chunks.append(effect.chunk)
                 case Finish():
@@ -276,11 +280,25 @@ class Generation:
             self._drained.clear()
             await self._drained.wait()
 
-    def _log_start(self, candidate: Candidate, epoch: int) -> None:
-        logger.info("attempt_started", node=candidate.member.name, profile=candidate.offer.name, epoch=epoch)
+    def _log_start(self, start: Start) -> None:
+        candidate, resumed = start.candidate, len(start.resumption.token_ids) if start.resumption else 0
+        logger.info(
+            "attempt_started",
+            node=candidate.member.name,
+            profile=candidate.offer.name,
+            epoch=start.epoch,
+            resumed_tokens=resumed,
+        )
 
     def _log_failure(self, candidate: Candidate, error: FieldmeshError) -> None:
         logger.warning("attempt_failed", node=candidate.member.name, code=error.code, error=error.message)
+
+
+def _seeded(ask: Ask, rng: Random) -> Ask:
+    """The request with a seed, which every attempt is to draw by: so one can go on where another was."""
+    if ask.sampling.seed is not None:
+        return ask
+    return replace(ask, sampling=replace(ask.sampling, seed=rng.getrandbits(SEED_BITS)))
 
 
 class Generations:

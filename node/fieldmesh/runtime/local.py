@@ -13,11 +13,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import assert_never
 
+from fieldmesh.core.dispatch import Resumption
 from fieldmesh.core.model import Ask, Chunk, Completion, Embeddings, FinishReason, Prompt, RequestId, Usage
 from fieldmesh.core.tools import merged
 from fieldmesh.engine.port import Job, JobEvent, Started
 from fieldmesh.runtime.choices import choice_samplings, together
 from fieldmesh.runtime.models import Models
+from fieldmesh.runtime.moving import Moving, job_id
 
 FLUSH_TOKENS = 8
 FLUSH_INTERVAL_S = 0.025
@@ -26,14 +28,23 @@ FLUSH_INTERVAL_S = 0.025
 class LocalRuns:
     """The requests that run on this node's engines, whoever asked."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, moving: Moving) -> None:
         self.models = models
+        self._moving = moving
         self._aborts: dict[RequestId, asyncio.Future[None]] = {}
 
     async def run(
-        self, ask: Ask, *, profile: str, generation_id: str, epoch: int, deadline_s: float | None
+        self,
+        ask: Ask,
+        *,
+        profile: str,
+        generation_id: str,
+        epoch: int,
+        deadline_s: float | None,
+        resumption: Resumption | None = None,
     ) -> AsyncGenerator[JobEvent, None]:
-        """One Started, chunks, one Completion. Closing the generator stops the engine within a step.
+        """One Started, chunks, one Completion. Closing the generator stops the engine within a step. With a
+        ``resumption`` the chunks go on behind its tokens.
 
         Raises what ``Engine.submit`` raises, ProfileNotFound and EngineNotReady.
         """
@@ -44,15 +55,18 @@ class LocalRuns:
         self._aborts[ask.request_id] = aborted
         try:
             async with self.models.using(profile) as engine:
+                if resumption is not None and resumption.node:
+                    await self._moving.fetch(engine, profile, generation_id, resumption)
                 jobs = [
                     Job(
-                        generation_id=f"{generation_id}/{epoch}/{index}",
+                        generation_id=job_id(generation_id, epoch, index),
                         prompt=ask.prompt,
                         sampling=choice,
                         epoch=epoch,
                         priority=ask.priority,
                         tenant=ask.tenant,
                         deadline_s=None if due is None else due - loop.time(),
+                        resume_token_ids=resumption.token_ids if resumption is not None else (),
                     )
                     for index, choice in enumerate(choice_samplings(sampling))
                 ]

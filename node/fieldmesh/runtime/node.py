@@ -70,6 +70,7 @@ from fieldmesh.runtime.links import LinksConfig, server_options
 from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.metrics import Metrics, Sources
 from fieldmesh.runtime.models import Hosted, MakeEngine, Models
+from fieldmesh.runtime.moving import Moving
 from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
@@ -162,6 +163,8 @@ class Node:
             folder=folder,
             on_change=self._models_changed,
         )
+        links = self._driver.links
+        self._moving = Moving(self.models, lambda: self._driver.view, links.bulk, links.bytes)
         self._service = self._make_service()
         self._health = Health(lambda: {name: self.models.able(name) for name in self.models.hosted})
         client_server = self._client_server()
@@ -257,7 +260,7 @@ class Node:
             ),
             view=lambda: self._driver.view,
             router=router,
-            local=LocalRuns(self.models),
+            local=LocalRuns(self.models, self._moving),
             forwarder=Forwarder(self._driver.links.tokens, self._driver.links.bytes),
             rules=self._agreement.rules,
             config=service_config(config),
@@ -302,7 +305,7 @@ class Node:
 
     def _peer_server(self, links_config: LinksConfig) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=(self._driver.gate,), options=server_options(links_config))
-        peers = Peers(self._service, self._limits, self._driver.links.bytes)
+        peers = Peers(self._service, self._limits, self._driver.links.bytes, self._moving)
         server.add_generic_rpc_handlers(
             (
                 self._driver.receiver.handler(),

@@ -11,6 +11,7 @@ from contextlib import aclosing
 
 import grpc
 
+from fieldmesh.core.dispatch import Resumption
 from fieldmesh.core.errors import HopLimit, InvalidRequest, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
 from fieldmesh.engine.port import Started
@@ -18,6 +19,7 @@ from fieldmesh.rpc import inference as wire
 from fieldmesh.runtime.door import Calls, Context, guarded, guarded_stream, handlers
 from fieldmesh.runtime.gate import caller_of
 from fieldmesh.runtime.links import Lane, PeerBytes
+from fieldmesh.runtime.moving import Moving
 from fieldmesh.runtime.service import Service
 from fieldmesh.v1 import inference_pb2, peer_pb2
 
@@ -28,9 +30,14 @@ class Peers:
     """The requests of ``PeerService``; Control is ``links.Receiver``'s, which keeps bytes as bytes."""
 
     def __init__(
-        self, service: Service, limits: Callable[[], wire.RequestLimits], counted: PeerBytes
+        self,
+        service: Service,
+        limits: Callable[[], wire.RequestLimits],
+        counted: PeerBytes,
+        moving: Moving,
     ) -> None:
         self._service = service
+        self._moving = moving
         self._limits = limits
         self._bytes = counted
 
@@ -47,7 +54,7 @@ class Peers:
         deadline_s = context.time_remaining()
         if request.profile in self._service.local.models.hosted:
             responses = self._run_here(request, ask, deadline_s)
-        elif request.hops_left > 0:
+        elif request.hops_left > 0 and not request.delivered_token_ids:
             responses = self._pass_on(request, ask, path, deadline_s)
         else:
             raise ProfileNotFound(
@@ -74,6 +81,7 @@ class Peers:
             generation_id=request.generation_id,
             epoch=request.epoch,
             deadline_s=deadline_s,
+            resumption=_resumption(request, ask),
         )
         try:
             async for event in events:
@@ -151,3 +159,22 @@ class Peers:
         return peer_pb2.EmbedForwardedResponse(
             embeddings=wire.embeddings_to_proto(made), prompt_tokens=made.prompt_tokens
         )
+
+    @guarded_stream
+    async def FetchState(
+        self, request: peer_pb2.FetchStateRequest, context: Context
+    ) -> AsyncGenerator[peer_pb2.FetchStateResponse, None]:
+        caller = caller_of(context.invocation_metadata())
+        async with aclosing(self._moving.leave(request, caller, context.time_remaining())) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+def _resumption(request: peer_pb2.ForwardRequest, ask: Ask) -> Resumption | None:
+    """Where the answer is to go on. Raises InvalidRequest."""
+    tokens = tuple(request.delivered_token_ids)
+    if not tokens:
+        return None
+    if ask.sampling.n not in (None, 1):
+        raise InvalidRequest("Several answers cannot be gone on with", field="delivered_token_ids")
+    return Resumption(token_ids=tokens, node=NodeId(request.state.node), epoch=request.state.epoch)

@@ -187,20 +187,22 @@ class Service:
         candidate = start.candidate
         if candidate.member.id == self.entry.node:
             return self.local.run(
-                generation.ask,
+                generation.asked,
                 profile=candidate.offer.name,
                 generation_id=generation.generation_id,
                 epoch=start.epoch,
                 deadline_s=generation.deadline_left_s(),
+                resumption=start.resumption,
             )
         return self._forwarder.run(
-            generation.ask,
+            generation.asked,
             candidate,
             generation_id=generation.generation_id,
             epoch=start.epoch,
             path=(*generation.path, self.entry.node),
             hops_left=generation.hops_left - 1,
             deadline_s=generation.deadline_left_s(),
+            resumption=start.resumption,
         )
 
     def view_changed(self, view: MeshView) -> None:
@@ -211,6 +213,7 @@ class Service:
         event = ViewMoved(
             states={new.id: new.state for new, old in known if new.state is not old.state},
             restarted={new.id: new.incarnation for new, old in known if new.incarnation > old.incarnation},
+            draining=frozenset(new.id for new, old in known if new.load.draining and not old.load.draining),
         )
         for generation in self._generations.running():
             generation.view_moved(event)

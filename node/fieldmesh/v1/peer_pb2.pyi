@@ -66,6 +66,7 @@ class ForwardRequest(_message.Message):
     GENERATE_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     DELIVERED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Id of the generation, the same in all attempts."""
     epoch: _builtins.int
@@ -88,7 +89,11 @@ class ForwardRequest(_message.Message):
 
     @_builtins.property
     def delivered_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that earlier attempts have delivered."""
+        """Tokens that earlier attempts have delivered; the answer goes on after them."""
+
+    @_builtins.property
+    def state(self) -> Global___StateSource:
+        """Where what was computed for them may be had; unset where it must be computed again."""
 
     def __init__(
         self,
@@ -101,16 +106,107 @@ class ForwardRequest(_message.Message):
         generate: _inference_pb2.GenerateRequest | None = ...,
         chat: _inference_pb2.ChatRequest | None = ...,
         delivered_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        state: Global___StateSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "generate", b"generate", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "generate", b"generate", "request", b"request", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "delivered_token_ids", b"delivered_token_ids", "epoch", b"epoch", "generate", b"generate", "generation_id", b"generation_id", "hops_left", b"hops_left", "path", b"path", "profile", b"profile", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "delivered_token_ids", b"delivered_token_ids", "epoch", b"epoch", "generate", b"generate", "generation_id", b"generation_id", "hops_left", b"hops_left", "path", b"path", "profile", b"profile", "request", b"request", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["generate", "chat"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
 Global___ForwardRequest: _TypeAlias = ForwardRequest  # noqa: Y015
+
+@_typing.final
+class StateSource(_message.Message):
+    """StateSource names an attempt at the same generation that is still running."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Id of the node that runs it."""
+    epoch: _builtins.int
+    """Epoch of that attempt."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateSource: _TypeAlias = StateSource  # noqa: Y015
+
+@_typing.final
+class FetchStateRequest(_message.Message):
+    """FetchStateRequest names a running sequence, and who can use its state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    """Profile that runs it."""
+    generation_id: _builtins.str
+    """Id of the generation."""
+    epoch: _builtins.int
+    """Epoch of the attempt."""
+    fingerprint: _builtins.str
+    """Names all that the state's bytes depend on at the caller; refused where it is another one here."""
+    bytes_max: _builtins.int
+    """Bytes that the caller takes at most."""
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        generation_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "epoch", b"epoch", "fingerprint", b"fingerprint", "generation_id", b"generation_id", "profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchStateRequest: _TypeAlias = FetchStateRequest  # noqa: Y015
+
+@_typing.final
+class FetchStateResponse(_message.Message):
+    """FetchStateResponse is a piece of the state, in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    total_bytes: _builtins.int
+    """Bytes of the whole; set in the first piece."""
+    data: _builtins.bytes
+    """Some of them, at most 256 KiB. The whole carries its own SHA-256."""
+    def __init__(
+        self,
+        *,
+        total_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchStateResponse: _TypeAlias = FetchStateResponse  # noqa: Y015
 
 @_typing.final
 class ForwardResponse(_message.Message):

@@ -60,6 +60,11 @@ class PeerServiceStub:
                 request_serializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedRequest.SerializeToString,
                 response_deserializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedResponse.FromString,
                 _registered_method=True)
+        self.FetchState = channel.unary_stream(
+                '/fieldmesh.v1.PeerService/FetchState',
+                request_serializer=fieldmesh_dot_v1_dot_peer__pb2.FetchStateRequest.SerializeToString,
+                response_deserializer=fieldmesh_dot_v1_dot_peer__pb2.FetchStateResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
@@ -102,6 +107,14 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchState(self, request, context):
+        """FetchState copies what was computed for a sequence that runs here, so that another node can go on with it.
+        The sequence runs on. Only members may call, with a deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.EmbedForwarded,
                     request_deserializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedRequest.FromString,
                     response_serializer=fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedResponse.SerializeToString,
+            ),
+            'FetchState': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchState,
+                    request_deserializer=fieldmesh_dot_v1_dot_peer__pb2.FetchStateRequest.FromString,
+                    response_serializer=fieldmesh_dot_v1_dot_peer__pb2.FetchStateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +285,33 @@ class PeerService:
             '/fieldmesh.v1.PeerService/EmbedForwarded',
             fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedRequest.SerializeToString,
             fieldmesh_dot_v1_dot_peer__pb2.EmbedForwardedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fieldmesh.v1.PeerService/FetchState',
+            fieldmesh_dot_v1_dot_peer__pb2.FetchStateRequest.SerializeToString,
+            fieldmesh_dot_v1_dot_peer__pb2.FetchStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class PeerServiceStub:
     """TokenizeForwarded tokenises with this node's model."""
     EmbedForwarded: _grpc.UnaryUnaryMultiCallable[_peer_pb2.EmbedForwardedRequest, _peer_pb2.EmbedForwardedResponse]
     """EmbedForwarded turns texts into vectors with this node's model."""
+    FetchState: _grpc.UnaryStreamMultiCallable[_peer_pb2.FetchStateRequest, _peer_pb2.FetchStateResponse]
+    """FetchState copies what was computed for a sequence that runs here, so that another node can go on with it.
+    The sequence runs on. Only members may call, with a deadline.
+    """
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -63,6 +67,10 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """TokenizeForwarded tokenises with this node's model."""
     EmbedForwarded: _aio.UnaryUnaryMultiCallable[_peer_pb2.EmbedForwardedRequest, _peer_pb2.EmbedForwardedResponse]  # type: ignore[assignment]
     """EmbedForwarded turns texts into vectors with this node's model."""
+    FetchState: _aio.UnaryStreamMultiCallable[_peer_pb2.FetchStateRequest, _peer_pb2.FetchStateResponse]  # type: ignore[assignment]
+    """FetchState copies what was computed for a sequence that runs here, so that another node can go on with it.
+    The sequence runs on. Only members may call, with a deadline.
+    """
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     """PeerService is spoken between nodes of one mesh."""
@@ -108,5 +116,15 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.EmbedForwardedResponse, _abc.Awaitable[_peer_pb2.EmbedForwardedResponse]]:
         """EmbedForwarded turns texts into vectors with this node's model."""
+
+    @_abc_1.abstractmethod
+    def FetchState(
+        self,
+        request: _peer_pb2.FetchStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_peer_pb2.FetchStateResponse], _abc.AsyncIterator[_peer_pb2.FetchStateResponse]]:
+        """FetchState copies what was computed for a sequence that runs here, so that another node can go on with it.
+        The sequence runs on. Only members may call, with a deadline.
+        """
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
