@@ -30,7 +30,7 @@ from fieldmesh.rpc.errors import error_from_call
 from fieldmesh.runtime.door import Context, guarded_stream, handlers
 from fieldmesh.runtime.gate import Caller
 from fieldmesh.runtime.links import PeerBytes
-from fieldmesh.runtime.moving import FETCH_TIMEOUT_S, PIECE_BYTES_MAX, Moving
+from fieldmesh.runtime.moving import FETCH_TIMEOUT_S, PIECE_BYTES_MAX, SEND_TIMEOUT_S, Moving
 from fieldmesh.runtime.node import Node, running
 from fieldmesh.v1 import peer_pb2, peer_pb2_grpc
 from tests.core.mesh_views import member
@@ -205,7 +205,8 @@ def connected(node: Node, caller: Caller) -> grpc.aio.Channel:
 
 
 async def test_a_member_is_given_a_running_state_in_bounded_pieces(sequence: Running) -> None:
-    pieces = [piece async for piece in sequence.stub.FetchState(sequence.request, timeout=5)]
+    call = sequence.stub.FetchState(sequence.request, timeout=FETCH_TIMEOUT_S)
+    pieces = [piece async for piece in call]
     assert all(len(piece.data) <= PIECE_BYTES_MAX for piece in pieces)
     assert pieces[0].total_bytes == sum(len(piece.data) for piece in pieces)
     assert [piece.total_bytes for piece in pieces[1:]] == [0] * (len(pieces) - 1)
@@ -225,7 +226,7 @@ async def test_what_does_not_run_here_is_not_found(sequence: Running) -> None:
     assert isinstance(await sequence.refusal(profile="health"), GenerationNotFound)
 
 
-@pytest.mark.parametrize("deadline_s", [None, FETCH_TIMEOUT_S + 5])
+@pytest.mark.parametrize("deadline_s", [None, SEND_TIMEOUT_S + 5])
 async def test_a_caller_who_would_take_for_ever_is_refused(
     sequence: Running, deadline_s: float | None
 ) -> None:

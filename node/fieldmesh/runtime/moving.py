@@ -25,6 +25,8 @@ from fieldmesh.runtime.models import Models
 from fieldmesh.v1 import peer_pb2, peer_pb2_grpc
 
 FETCH_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 15.0
+"""Above what is asked for: gRPC rounds deadlines up, and clocks differ."""
 PIECE_BYTES_MAX = 256 << 10
 """About 0.1 ms of the event loop's time: tokens pass between two pieces."""
 RATE_BYTES_PER_S_MAX = 64 << 20
@@ -135,8 +137,8 @@ class Moving:
         """
         if caller is None or self._member(caller.node) is None:
             raise StateRefused("states are given to members of the mesh alone")
-        if time_left_s is None or time_left_s > FETCH_TIMEOUT_S:
-            raise InvalidRequest(f"a deadline of at most {FETCH_TIMEOUT_S:g} s is needed", field="deadline")
+        if time_left_s is None or time_left_s > SEND_TIMEOUT_S:
+            raise InvalidRequest(f"a deadline of at most {SEND_TIMEOUT_S:g} s is needed", field="deadline")
         engine = self._engine(request.profile)
         own = engine.info.state_fingerprint if engine.info is not None else ""
         if not own or request.fingerprint != own:
