@@ -1,4 +1,4 @@
-"""How gRPC polls the sockets of a node: what is asked of it must be something that the pinned version knows."""
+"""How gRPC polls a node's sockets: what is asked of it must be something that the pinned version knows."""
 
 from __future__ import annotations
 
