@@ -11,9 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from fieldmesh.core.errors import InvalidRequest
 from fieldmesh.core.model import (
@@ -37,13 +35,18 @@ from fieldmesh.core.model import (
     Result,
     Target,
     TokenLogprob,
-    Tool,
-    ToolCall,
-    ToolCallPart,
-    Tools,
     Usage,
 )
 from fieldmesh.rpc.sampling import fill_params, overrides_from_proto, token_ids
+from fieldmesh.rpc.tools import (
+    calls_from_proto,
+    calls_to_proto,
+    check_call,
+    parts_from_proto,
+    parts_to_proto,
+    tools_from_proto,
+    tools_to_proto,
+)
 from fieldmesh.v1 import inference_pb2 as pb
 from fieldmesh.v1 import peer_pb2
 
@@ -51,7 +54,6 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 ROLES: Final = ("system", "user", "assistant", "tool")
 NAME_CHARS_MAX: Final = 128
 EMBED_TEXTS_MAX: Final = 128
-TOOLS_MAX: Final = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def ask_from_generate(request: pb.GenerateRequest, limits: RequestLimits) -> Ask
 def ask_from_chat(request: pb.ChatRequest, limits: RequestLimits) -> Ask:
     """A validated Ask; the request id must be set by now. Raises InvalidRequest."""
     thinking = request.enable_thinking if request.HasField("enable_thinking") else None
-    tools = _tools(request.tools, limits) if request.HasField("tools") else None
+    tools = tools_from_proto(request.tools, limits.prompt_bytes_max) if request.HasField("tools") else None
     prompt = Prompt(messages=_messages(request.messages, limits), thinking=thinking, tools=tools)
     return _ask(request, prompt, limits)
 
@@ -192,9 +194,7 @@ def _messages(messages: Iterable[pb.ChatMessage], limits: RequestLimits) -> tupl
         Message(
             role=message.role,
             content=message.content,
-            tool_calls=tuple(
-                ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
-            ),
+            tool_calls=calls_from_proto(message.tool_calls),
             tool_call_id=message.tool_call_id,
         )
         for message in messages
@@ -215,7 +215,7 @@ def _messages(messages: Iterable[pb.ChatMessage], limits: RequestLimits) -> tupl
         bytes_total += len(message.content.encode()) + len(message.tool_call_id)
         for position, call in enumerate(message.tool_calls):
             bytes_total += len(call.arguments.encode()) + len(call.id)
-            _check_call(call, message.role, f"messages[{index}].tool_calls[{position}]")
+            check_call(call, message.role, f"messages[{index}].tool_calls[{position}]")
     if bytes_total > limits.prompt_bytes_max:
         raise InvalidRequest(
             f"messages hold {bytes_total} bytes of text; at most {limits.prompt_bytes_max} are accepted",
@@ -226,67 +226,6 @@ def _messages(messages: Iterable[pb.ChatMessage], limits: RequestLimits) -> tupl
             "messages hold no text; send at least one character", field="messages[0].content"
         )
     return found
-
-
-def _check_call(call: ToolCall, role: str, field: str) -> None:
-    if role != "assistant":
-        raise InvalidRequest(f"{field}: only an assistant's turn holds calls", field=field)
-    if not REQUEST_ID.fullmatch(call.name):
-        raise _misnamed(f"{field}.name")
-    _check_object(call.arguments, f"{field}.arguments")
-
-
-def _tools(tools: pb.Tools, limits: RequestLimits) -> Tools:
-    if not 1 <= len(tools.offered) <= TOOLS_MAX:
-        raise InvalidRequest(
-            f"tools has {len(tools.offered)} entries; accepted are 1 to {TOOLS_MAX}", field="tools"
-        )
-    names: set[str] = set()
-    bytes_total = 0
-    for index, tool in enumerate(tools.offered):
-        if not REQUEST_ID.fullmatch(tool.name):
-            raise _misnamed(f"tools[{index}].name")
-        if tool.name in names:
-            raise InvalidRequest(
-                f"tools[{index}].name is {tool.name!r}, as another's", field=f"tools[{index}].name"
-            )
-        names.add(tool.name)
-        bytes_total += len(tool.description.encode()) + len(tool.parameters.encode())
-        if tool.parameters:
-            _check_object(tool.parameters, f"tools[{index}].parameters")
-    if bytes_total > limits.prompt_bytes_max:
-        raise InvalidRequest(
-            f"tools hold {bytes_total} bytes of text; at most {limits.prompt_bytes_max} are accepted",
-            field="tools",
-        )
-    if tools.named and tools.named not in names:
-        raise InvalidRequest(
-            f"tools.named is {tools.named[:NAME_CHARS_MAX]!r}; on offer are {', '.join(sorted(names))}",
-            field="tools.named",
-        )
-    return Tools(
-        offered=tuple(
-            Tool(name=tool.name, description=tool.description, parameters=tool.parameters)
-            for tool in tools.offered
-        ),
-        required=tools.required or bool(tools.named),
-        named=tools.named,
-        single=tools.single,
-    )
-
-
-def _misnamed(field: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{field} must have 1 to 64 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-'", field=field
-    )
-
-
-def _check_object(text: str, field: str) -> None:
-    """``text`` must be the JSON of an object. Raises InvalidRequest."""
-    try:
-        msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        raise InvalidRequest(f"{field} must be the JSON of an object", field=field) from None
 
 
 _PRIORITIES: Final = {
@@ -323,29 +262,13 @@ def chat_from_ask(ask: Ask) -> pb.ChatRequest:
     return request
 
 
-def tools_to_proto(tools: Tools) -> pb.Tools:
-    """The tools on offer."""
-    return pb.Tools(
-        offered=[
-            pb.Tool(name=tool.name, description=tool.description, parameters=tool.parameters)
-            for tool in tools.offered
-        ],
-        required=tools.required,
-        named=tools.named,
-        single=tools.single,
-    )
-
-
 def messages_to_proto(messages: Iterable[Message]) -> list[pb.ChatMessage]:
     """Turns of a conversation."""
     return [
         pb.ChatMessage(
             role=message.role,
             content=message.content,
-            tool_calls=[
-                pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
-                for call in message.tool_calls
-            ],
+            tool_calls=calls_to_proto(message.tool_calls),
             tool_call_id=message.tool_call_id,
         )
         for message in messages
@@ -383,12 +306,7 @@ def chunk_to_proto(chunk: Chunk) -> pb.Chunk:
             for entry in chunk.logprobs
         ],
         reasoning=chunk.reasoning,
-        tool_calls=[
-            pb.ToolCallPart(
-                index=part.index, id=chunk.call_id(part), name=part.name, arguments=part.arguments
-            )
-            for part in chunk.tool_calls
-        ],
+        tool_calls=parts_to_proto(chunk),
     )
 
 
@@ -414,10 +332,7 @@ def chunk_from_proto(chunk: pb.Chunk) -> Chunk:
             for entry in chunk.logprobs
         ),
         reasoning=chunk.reasoning,
-        tool_calls=tuple(
-            ToolCallPart(index=part.index, name=part.name, arguments=part.arguments)
-            for part in chunk.tool_calls
-        ),
+        tool_calls=parts_from_proto(chunk.tool_calls),
     )
 
 

@@ -35,13 +35,12 @@ from fieldmesh.rpc.openai import (
     AUTO,
     SEEDS,
     Resolve,
-    Tool,
     Wanted,
-    offered_function,
     parsed,
     schema_constraint,
 )
 from fieldmesh.rpc.openai_answers import encode, told
+from fieldmesh.rpc.openai_tools import Tool, offered_function
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 

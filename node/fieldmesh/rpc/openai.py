@@ -20,6 +20,7 @@ from fieldmesh.core.errors import InvalidRequest, Unsupported
 from fieldmesh.core.model import Ask, Constraint, ConstraintKind, MeshView, SamplingOverrides, Target
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.inference import RequestLimits
+from fieldmesh.rpc.openai_tools import NamedTool, Tool, ToolCall, offered_function, tools_wanted
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 
@@ -60,48 +61,6 @@ class Part(msgspec.Struct):
 
     type: str
     text: str | None = None
-
-
-class Function(msgspec.Struct):
-    """A function on offer."""
-
-    name: str
-    description: str | None = None
-    parameters: msgspec.Raw = msgspec.Raw(b"")
-
-
-class Tool(msgspec.Struct):
-    """One of ``tools``."""
-
-    type: str
-    function: Function | None = None
-
-
-class CalledFunction(msgspec.Struct):
-    """What an assistant called; the arguments are JSON within JSON."""
-
-    name: str
-    arguments: str = ""
-
-
-class ToolCall(msgspec.Struct):
-    """One of an assistant's ``tool_calls``."""
-
-    function: CalledFunction
-    id: str = ""
-
-
-class NamedFunction(msgspec.Struct):
-    """The one function that ``tool_choice`` demands."""
-
-    name: str
-
-
-class NamedTool(msgspec.Struct):
-    """``tool_choice`` where it demands one function."""
-
-    type: str
-    function: NamedFunction | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -267,7 +226,11 @@ def chat_wanted(data: bytes, request_id: str, resolve: Resolve, limits: RequestL
         thinking = False
     if thinking is not None:
         request.enable_thinking = thinking
-    if (tools := _tools(body)) is not None:
+    choice = body.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) and choice.function else ""
+    offered = [offered_function(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
+    tools = tools_wanted(offered, choice, named, parallel=body.parallel_tool_calls)
+    if tools is not None:
         request.tools.CopyFrom(tools)
     fill_params(request.sampling_params, _overrides(body, tokens, logprobs))
     return _wanted(wire.ask_from_chat(request, limits), body)
@@ -349,41 +312,6 @@ def _message(message: ChatMessage, index: int) -> pb.ChatMessage:
     )
 
 
-def _tools(body: ChatCompletion) -> pb.Tools | None:
-    """The tools on offer; None where the model is to call none."""
-    choice = body.tool_choice
-    named = choice.function.name if isinstance(choice, NamedTool) and choice.function else ""
-    accepted = named or choice in (None, "auto", "none", "required")
-    if not accepted:
-        raise InvalidRequest(
-            "tool_choice is none of auto, none, required and {type: function, function: {name}}",
-            field="tool_choice",
-        )
-    if not body.tools:
-        if named or choice == "required":
-            raise InvalidRequest("tool_choice demands a call, and tools offers none", field="tool_choice")
-        return None
-    offered = [offered_function(tool, f"tools[{index}]") for index, tool in enumerate(body.tools)]
-    if choice == "none":
-        return None
-    single = body.parallel_tool_calls is False
-    return pb.Tools(offered=offered, required=choice == "required", named=named, single=single)
-
-
-def offered_function(tool: Tool, field: str) -> pb.Tool:
-    """One of ``tools``, where ``field`` says. Raises Unsupported for what is no function."""
-    if tool.type != "function" or tool.function is None:
-        raise Unsupported(
-            f"{field} is of type {tool.type[:40]!r}; this mesh knows functions", field=f"{field}.type"
-        )
-    function, schema = tool.function, bytes(tool.function.parameters)
-    return pb.Tool(
-        name=function.name,
-        description=function.description or "",
-        parameters="" if schema in (b"", b"null") else schema.decode(),
-    )
-
-
 def _one_prompt(prompt: str | list[PromptPart] | None) -> str | Sequence[object]:
     """Text, or token ids that are still to be checked."""
     if prompt is None or isinstance(prompt, str):
@@ -438,20 +366,28 @@ def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...] 
 
 
 def _constraint(wanted: ResponseFormat | None) -> Constraint | None:
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
         return None
-    if wanted.type == "json_object":
-        return schema_constraint(bytes(wanted.schema)) or Constraint(kind=ConstraintKind.JSON_OBJECT)
     if wanted.type == "json_schema":
-        found = schema_constraint(bytes(wanted.json_schema.schema) if wanted.json_schema else b"")
-        if found is not None:
-            return found
-        field = "response_format.json_schema.schema"
-        raise InvalidRequest(f"{field} is missing; it is an object", field=field)
-    raise InvalidRequest(
-        f"response_format.type is {wanted.type[:40]!r}; accepted are text, json_object, json_schema",
-        field="response_format.type",
-    )
+        schema = bytes(wanted.json_schema.schema) if wanted.json_schema else b""
+        return format_constraint(wanted.type, schema, "response_format", "json_schema.schema")
+    return format_constraint(wanted.type, bytes(wanted.schema), "response_format", "schema")
+
+
+def format_constraint(kind: str, schema: bytes, field: str, schema_field: str) -> Constraint | None:
+    """The constraint that a format of an answer means. Raises InvalidRequest."""
+    if kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        raise InvalidRequest(
+            f"{field}.type is {kind[:40]!r}; accepted are text, json_object, json_schema",
+            field=f"{field}.type",
+        )
+    found = schema_constraint(schema)
+    if found is None and kind == "json_schema":
+        where = f"{field}.{schema_field}"
+        raise InvalidRequest(f"{where} is missing; it is an object", field=where)
+    return found or Constraint(kind=ConstraintKind.JSON_OBJECT)
 
 
 def schema_constraint(schema: bytes) -> Constraint | None:

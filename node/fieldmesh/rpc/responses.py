@@ -13,10 +13,11 @@ from typing import Any, Final
 import msgspec
 
 from fieldmesh.core.errors import InvalidRequest, Unsupported
-from fieldmesh.core.model import Constraint, ConstraintKind, Message, SamplingOverrides
+from fieldmesh.core.model import Message, SamplingOverrides
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.rpc.openai import AUTO, Resolve, Wanted, parsed, schema_constraint, tenant_of
+from fieldmesh.rpc.openai import AUTO, Resolve, Wanted, format_constraint, parsed, tenant_of
+from fieldmesh.rpc.openai_tools import function_offered, no_function, tools_wanted
 from fieldmesh.rpc.sampling import fill_params
 from fieldmesh.v1 import inference_pb2 as pb
 
@@ -199,59 +200,24 @@ def _text(content: str | list[Part] | None, field: str) -> str:
 
 
 def _tools(body: Body) -> pb.Tools | None:
-    choice = body.tool_choice
+    choice, offered = body.tool_choice, []
     named = choice.name if isinstance(choice, NamedTool) and choice.type == "function" else ""
-    if not named and choice not in (None, "auto", "none", "required"):
-        raise InvalidRequest(
-            "tool_choice is none of auto, none, required and {type: function, name}", field="tool_choice"
-        )
-    if not body.tools:
-        if named or choice == "required":
-            raise InvalidRequest("tool_choice demands a call, and tools offers none", field="tool_choice")
-        return None
-    offered = []
-    for index, tool in enumerate(body.tools):
+    for index, tool in enumerate(body.tools or ()):
         if tool.type != "function":
-            field = f"tools[{index}].type"
-            raise Unsupported(f"{field} is {tool.type[:40]!r}; this mesh knows functions", field=field)
-        schema = bytes(tool.parameters)
-        offered.append(
-            pb.Tool(
-                name=tool.name,
-                description=tool.description or "",
-                parameters="" if schema == b"null" else schema.decode(),
-            )
-        )
-    if choice == "none":
-        return None
-    single = body.parallel_tool_calls is False
-    return pb.Tools(offered=offered, required=choice == "required", named=named, single=single)
+            raise no_function(tool.type, f"tools[{index}]")
+        offered.append(function_offered(tool.name, tool.description, bytes(tool.parameters)))
+    return tools_wanted(offered, choice, named, parallel=body.parallel_tool_calls)
 
 
 def _overrides(body: Body) -> SamplingOverrides:
+    form = (body.text and body.text.format) or Format(type="text")
     wants_logprobs = LOGPROBS in (body.include or ()) or body.top_logprobs is not None
     return SamplingOverrides(
         temperature=body.temperature,
         top_p=body.top_p,
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
-        constraint=_constraint(body.text.format if body.text else None),
-    )
-
-
-def _constraint(form: Format | None) -> Constraint | None:
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return Constraint(kind=ConstraintKind.JSON_OBJECT)
-    if form.type == "json_schema":
-        if (found := schema_constraint(bytes(form.schema))) is not None:
-            return found
-        field = "text.format.schema"
-        raise InvalidRequest(f"{field} is missing; it is an object", field=field)
-    raise InvalidRequest(
-        f"text.format.type is {form.type[:40]!r}; accepted are text, json_object, json_schema",
-        field="text.format.type",
+        constraint=format_constraint(form.type, bytes(form.schema), "text.format", "schema"),
     )
 
 
