@@ -123,12 +123,16 @@ class Watch:
 
     def _must_notice(self, host: Host, label: str, member: Member, now: float) -> None:
         """Nobody who was dead, frozen or cut off for ``notice_s`` is taken for alive."""
-        since = self.ground.down_since.get(label)
+        down = self.ground.down_since.get(label)
         cut = self.ground.cut_since.get((label, host.label))
-        since = min((time for time in (since, cut) if time is not None), default=None)
         deaf = self.ground.cut_since.get((host.label, label))
+        # A cut tells nothing new of a node that comes back behind it: others say that it is there.
+        back_at = (
+            max(self._calm_since(label), self.ground.frozen_until.get(label, 0.0)) if down is None else 0.0
+        )
+        since = min((max(time, back_at) for time in (down, cut) if time is not None), default=None)
         if since is None and deaf is not None:  # it learns of that from what the other side says
-            since = deaf + TOLD_OF_DEAFNESS_S
+            since = max(deaf, back_at) + TOLD_OF_DEAFNESS_S
         if since is None:
             return
         if self.ground.ids.get(member.id) == label and member.id != node_id(self.ground.settings[label].key):

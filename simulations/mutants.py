@@ -34,6 +34,13 @@ MESH_MUTANTS: tuple[Mutant, ...] = (
         scenario="split",
     ),
     Mutant(
+        name="any-word-is-an-answer",
+        target="membership:Membership._answers",
+        old="self.direct or",
+        new="True or",
+        scenario="gossip",
+    ),
+    Mutant(
         name="address-kept-by-the-gone",
         target="handshake:Handshake._take_introduction",
         old="if peer.addresses != who.addresses:",

@@ -507,6 +507,44 @@ def test_beyond_direct_max_a_node_beats_to_a_few_at_random_who_must_answer() -> 
     assert {mesh.state(a, 9) for a in range(1, 9)} == {NodeState.DEAD}
 
 
+def test_beyond_direct_max_a_one_way_link_is_known_on_both_sides() -> None:
+    mesh = Trio(9, direct_max=4, random_probes=2)
+    mesh.run(20.0)
+    mesh.cut.add((2, 1))
+    mesh.run(7.0)
+    for _ in range(100):
+        mesh.run(0.1)
+        assert mesh.state(1, 2) is not NodeState.ALIVE and mesh.state(2, 1) is not NodeState.ALIVE
+    assert all(mesh.state(a, b) is NodeState.ALIVE for a in (1, 2) for b in range(3, 10))
+    mesh.cut.clear()
+    mesh.run(8.0)
+    assert mesh.state(1, 2) is mesh.state(2, 1) is NodeState.ALIVE
+
+
+def test_beyond_direct_max_word_that_a_peer_lives_is_no_word_of_the_way_there() -> None:
+    mesh = Trio(9, direct_max=4, random_probes=2)
+    mesh.run(20.0)
+    mesh.cut |= {(1, 2), (2, 1)}
+    mesh.run(7.0)
+    assert mesh.state(1, 2) is NodeState.UNREACHABLE
+    refutations = mesh.nodes[1].peers[node(2)].refutations + 1
+    tell(mesh, 1, 3, rumor(2, Rumored.ALIVE, refutations=refutations))
+    assert mesh.state(1, 2) is NodeState.UNREACHABLE
+    assert mesh.nodes[1].peers[node(2)].refutations == refutations
+
+
+def test_beyond_direct_max_a_hello_answers_no_beat() -> None:
+    mesh = Trio(9, direct_max=4, random_probes=2)
+    mesh.run(20.0)
+    mesh.cut.add((1, 2))
+    mesh.run(2.5)
+    waiting_since = mesh.nodes[1].peers[node(2)].waiting_since
+    assert waiting_since is not None
+    who = mesh.nodes[2]._voice.introduction()
+    mesh.give(1, Received(sender=node(2), message=Hello(who=who, dialed=at(1))))
+    assert mesh.nodes[1].peers[node(2)].waiting_since == waiting_since
+
+
 def test_hints_are_bounded_and_only_seeds_are_kept_for_ever() -> None:
     joining = Joining(Random(1), JoinConfig(hints_max=2, tries_without_seed_max=3))
     assert joining.add(at(1), HintSource.MDNS, 0.0) and joining.add(at(2), HintSource.MDNS, 0.0)

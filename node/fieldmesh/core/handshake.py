@@ -85,7 +85,8 @@ class Handshake:
                 and rumor.incarnation == self._roster.incarnation
                 and rumor.refutations >= self._roster.refutations
             ):
-                peer.deaf = True  # until its beats say otherwise
+                peer.deaf = True  # until its beats say otherwise, or answer what it is told from now on
+                peer.waiting_since = now if self._roster.direct else peer.waiting_since or now
                 yield from self._suspicion.become(peer, NodeState.UNREACHABLE, now)
             yield from self._hearsay.hear_rumor(rumor, sender, now)
         addresses = peer.addresses if new else (peer.addresses[:1] if peer.addresses else ())
@@ -155,7 +156,7 @@ class Handshake:
             peer.deaf = not hears_us and (lost or peer.deaf)
         yield from self._name_clash(peer, now)
         if fresh and peer.state is not NodeState.LEFT:
-            yield from self._suspicion.heard(peer, now)
+            yield from self._suspicion.heard(peer, now, answers=hears_us)
         if new:
             self._voice.spread(self._voice.rumor_about(peer, Rumored.ALIVE))
         return peer, new

@@ -92,8 +92,9 @@ class Hearsay:
             self._roster.counts["refutations_heard"] += 1
             yield from self._suspicion.vouch(peer, now)
         if not self._roster.direct and peer.state is not NodeState.LEFT:
-            peer.waiting_since = None
-            yield from self._suspicion.become(peer, NodeState.ALIVE, now)
+            # That it lives is no news of the way there: it stays unreachable while it leaves us unanswered.
+            if peer.waiting_since is None or now - peer.waiting_since < self._roster.config.suspect_after_s:
+                yield from self._suspicion.become(peer, NodeState.ALIVE, now)
         elif peer.state is NodeState.DEAD:
             peer.retry_at = now
             self._roster.hurry(now)

@@ -255,8 +255,9 @@ class Membership(Roster):
             peer.load = beat.load
             self.revision += 1
         self._measure(peer, beat, now)
-        self._hear_of_deafness(peer, beat, now)
-        yield from self._suspicion.heard(peer, now)
+        answers = self._answers(peer, beat)
+        self._hear_of_deafness(peer, beat, now, answers=answers)
+        yield from self._suspicion.heard(peer, now, answers=answers)
         for rumor in beat.rumors:
             yield from self._hearsay.hear_rumor(rumor, sender, now)
         for gossip in beat.gossip:
@@ -279,7 +280,18 @@ class Membership(Roster):
             peer.rtt_shown_s = peer.rtt_s
             self.revision += 1
 
-    def _hear_of_deafness(self, peer: Peer, beat: Heartbeat, now: float) -> None:
+    def _answers(self, peer: Peer, beat: Heartbeat) -> bool:
+        """Whether a beat shows that ours arrived, where one was to be answered: by its echo."""
+        return self.direct or peer.waiting_since is None or beat.echo_sent_s >= peer.waiting_since
+
+    def _hear_of_deafness(self, peer: Peer, beat: Heartbeat, now: float, *, answers: bool) -> None:
+        """In direct mode it says itself for how long it has missed us. Beyond that nobody misses anybody, but
+        a peer that speaks and leaves our beats unanswered does not hear them."""
+        if not self.direct:
+            silent = now - peer.waiting_since if peer.waiting_since is not None else 0.0
+            if answers or (silent >= self.config.suspect_after_s and now >= self._deaf_believed_from):
+                peer.deaf = not answers
+            return
         if beat.heard_age_s is None:
             peer.deaf = False
         elif now >= self._deaf_believed_from or beat.heard_age_s < self.config.suspect_after_s:

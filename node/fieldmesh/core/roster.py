@@ -169,6 +169,8 @@ class Roster:
             peer.rtt_s = peer.rtt_shown_s = peer.echo_sent_s = 0.0
             peer.load = Load()
             peer.deaf = False
+            if not self.direct:
+                peer.waiting_since = None  # what waits for an answer was said to the life before
             if peer.state is NodeState.LEFT:
                 self.set_state(peer, NodeState.DEAD, now)
             self.revision += 1

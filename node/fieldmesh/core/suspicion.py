@@ -27,12 +27,15 @@ class Suspicion:
         self._helping: dict[NodeId, list[tuple[NodeId, int, float]]] = {}
         """By target: who asked for a probe, the nonce, until when an answer is of use."""
 
-    def heard(self, peer: Peer, now: float) -> Iterator[MembershipEffect]:
-        """The peer itself spoke just now."""
+    def heard(self, peer: Peer, now: float, *, answers: bool = True) -> Iterator[MembershipEffect]:
+        """The peer itself spoke just now; not ``answers``: a beat of ours still waits for its answer."""
         peer.heard_at = now
         peer.doubted = False
         peer.probes = 0
-        peer.waiting_since = now if self._roster.direct or peer.deaf else None
+        if self._roster.direct:
+            peer.waiting_since = now
+        elif answers or peer.waiting_since is None:
+            peer.waiting_since = now if peer.deaf else None
         yield from self.become(peer, NodeState.UNREACHABLE if peer.deaf else NodeState.ALIVE, now)
         for asker, nonce, until in self._helping.pop(peer.id, ()):
             other = self._roster.peers.get(asker)
