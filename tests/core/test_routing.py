@@ -28,6 +28,7 @@ from fieldmesh.core.errors import (
     QueueFull,
 )
 from fieldmesh.core.model import (
+    ColdProfile,
     EngineState,
     Load,
     Member,
@@ -474,6 +475,37 @@ def test_an_explanation_names_everyone_and_why() -> None:
     assert reasons["d"] == "it is dead"
     assert reasons["a"] == "others are nearer to the wish"
     assert {c.member.name for c in decision.considered if c.eligible} == {"b", "c", "e"}
+
+
+def cold(load_s: float) -> Load:
+    return replace(IDLE, cold=(ColdProfile(profile="code", load_s=load_s),))
+
+
+def test_a_model_that_is_in_memory_is_preferred_to_one_that_is_loaded_first() -> None:
+    mesh = view(member("a", GENERAL_OFFER), member("b", CODE_OFFER, load=cold(4.0)), member("c", CODE_OFFER))
+    decision = decide(mesh, Need(domain="programming", prompt_tokens=30, max_tokens=100), explain=True)
+    assert [c.member.name for c in decision.candidates] == ["c", "b"]
+    assert [round(c.score, 1) for c in decision.candidates] == [1.1, 5.1]
+    reasons = {c.member.name: c.reason for c in decision.considered}
+    assert "its model is loaded first, about 4.0 s" in reasons["b"]
+    assert "loaded first" not in reasons["c"]
+
+
+def test_a_load_is_worth_it_where_those_in_memory_are_slower_still() -> None:
+    slow = replace(IDLE, decode_tokens_per_s=5)
+    mesh = view(
+        member("a", GENERAL_OFFER),
+        member("b", CODE_OFFER, load=cold(4.0)),
+        member("c", CODE_OFFER, load=slow),
+    )
+    decision = decide(mesh, Need(domain="programming", prompt_tokens=30, max_tokens=100))
+    assert [c.member.name for c in decision.candidates] == ["b", "c"]
+
+
+def test_a_cold_model_costs_the_node_s_other_profiles_nothing() -> None:
+    both = member("b", CODE_OFFER, HEALTH_OFFER, load=cold(4.0))
+    decision = decide(view(member("a", GENERAL_OFFER), both), Need(profile="health", max_tokens=100))
+    assert decision.candidates[0].score < 2
 
 
 def test_explaining_does_not_change_the_decision() -> None:

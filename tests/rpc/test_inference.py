@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -17,6 +18,7 @@ from fieldmesh.core.model import (
     CandidateNote,
     Choice,
     Chunk,
+    ColdProfile,
     Completion,
     Constraint,
     ConstraintKind,
@@ -354,7 +356,10 @@ def test_a_chunk_survives_the_wire(chunk: Chunk) -> None:
 
 def test_a_load_survives_the_wire_and_nonsense_reads_as_unknown() -> None:
     load = Load(engine=EngineState.READY, slots=4, running=2, queued=1, queue_max=8, decode_tokens_per_s=10.5)
+    load = replace(load, cold=(ColdProfile(profile="code", load_s=2.5),))
     assert wire.load_from_proto(wire.load_to_proto(load)) == load
+    too_many = pb.Load(cold=[pb.ColdProfile(profile="x" * 100, load_s=math.inf)] * 20)
+    assert wire.load_from_proto(too_many).cold == (ColdProfile(profile="x" * 63, load_s=0.0),) * 16
     nonsense = pb.Load(engine=77, decode_tokens_per_s=math.nan, prefill_tokens_per_s=-1)  # type: ignore[arg-type]
     read = wire.load_from_proto(nonsense)
     assert (read.engine, read.decode_tokens_per_s, read.prefill_tokens_per_s) == (EngineState.LOST, 0.0, 0.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fieldmesh.core import messages as m
 from fieldmesh.core.errors import InvalidRequest
-from fieldmesh.core.model import Address, Domain, EngineState, Load, NodeId, ProfileOffer, Row
+from fieldmesh.core.model import Address, ColdProfile, Domain, EngineState, Load, NodeId, ProfileOffer, Row
 from fieldmesh.rpc import wire
 from fieldmesh.v1 import peer_pb2 as pb
 
@@ -40,6 +40,7 @@ loads = st.builds(
     prefill_tokens_per_s=speeds,
     decode_tokens_per_s=speeds,
     draining=st.booleans(),
+    cold=st.lists(st.builds(ColdProfile, profile=names, load_s=speeds), max_size=16).map(tuple),
 )
 marks = st.builds(m.Mark, epoch=numbers, digest=st.binary(max_size=32))
 introductions = st.builds(

@@ -89,6 +89,24 @@ async def test_a_model_is_loaded_for_its_first_question_and_the_idle_one_goes(si
         assert again.profile == "general"
 
 
+async def test_the_mesh_hears_which_models_must_be_loaded_first(site: Site) -> None:
+    node = await new_node(site)
+    asking = await site.start("asking", "general", engine=ROOM_FOR_ONE)
+    await site.formed()
+
+    def told() -> list[str]:
+        load = next(m.load for m in asking.view.members if m.name == "both")
+        return [c.profile for c in load.cold if c.load_s > 0]
+
+    async with asyncio.timeout(10):
+        while told() != ["code"]:
+            await asking._driver.wait_view_changed(asking.view.revision)
+        await node.models.load("code")
+        while told() != ["general"]:
+            await asking._driver.wait_view_changed(asking.view.revision)
+    assert node.models.hosted["code"].loaded_in_s > 0
+
+
 async def test_both_stay_where_both_fit(site: Site) -> None:
     node = await new_node(site, ROOM_FOR_BOTH)
     async with site.client("both") as client:
@@ -258,7 +276,7 @@ async def test_the_memory_of_a_model_that_goes_is_really_back(site: Site) -> Non
         assert (after["code"].state, after["code"].loaded_share) == ("ready", 1.0)
         assert after["code"].resident_bytes > 0
         assert 1 <= after["code"].threads <= cpu_budget()
-        assert "prompts" in after["code"].measured, "its settings were measured at its first start"
+        assert "a token" in after["code"].measured, "its settings were measured at its first start"
 
 
 # --- adapters ------------------------------------------------------------------------------------

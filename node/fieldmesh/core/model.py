@@ -53,11 +53,20 @@ class EngineState(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ColdProfile:
+    """A profile whose model is not in memory, and about how long it takes to be there."""
+
+    profile: str
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """How busy one node is, as it says itself. Speeds are measured; 0 means not yet known.
 
     ``decode_tokens_per_s`` is one stream's speed at the present batch size.
-    ``pending_prefill_tokens`` and ``pending_decode_tokens`` bound the work admitted and queued.
+    ``pending_prefill_tokens`` and ``pending_decode_tokens`` bound the work admitted and queued. ``cold``
+    profiles are served after a load.
     """
 
     engine: EngineState = EngineState.LOADING
@@ -72,6 +81,11 @@ class Load:
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
     draining: bool = False
+    cold: tuple[ColdProfile, ...] = ()
+
+    def load_s(self, profile: str) -> float:
+        """Seconds until the model of a profile is in memory; 0 where it is."""
+        return next((c.load_s for c in self.cold if c.profile == profile), 0.0)
 
     @property
     def slots_free(self) -> int:

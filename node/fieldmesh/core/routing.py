@@ -183,6 +183,7 @@ class Speeds:
 class Estimate:
     """Seconds from now to the last token, by cause."""
 
+    load_s: float
     network_s: float
     wait_s: float
     prefill_s: float
@@ -190,15 +191,17 @@ class Estimate:
 
     @property
     def total_s(self) -> float:
-        return self.network_s + self.wait_s + self.prefill_s + self.decode_s
+        return self.load_s + self.network_s + self.wait_s + self.prefill_s + self.decode_s
 
 
-def estimate(need: Need, member: Member, sent: Unreported, speeds: Speeds, *, local: bool) -> Estimate:
-    """When this member would be done with the request, if it were sent now.
+def estimate(
+    need: Need, member: Member, profile: str, sent: Unreported, speeds: Speeds, *, local: bool
+) -> Estimate:
+    """When this member would be done with the request by this profile, if it were sent now.
 
-    Ahead of it are the prompts that wait for prefill (one after the other), and, where no slot is free,
-    as many running requests as must end first. Its own decoding is slower than the speed reported by as
-    much as the batch has grown since.
+    A model that is not in memory is loaded first. Ahead of the request are the prompts that wait for prefill
+    (one after the other), and, where no slot is free, as many running requests as must end first. Its own
+    decoding is slower than the speed reported by as much as the batch has grown since.
     """
     load = member.load
     prefill = load.prefill_tokens_per_s or speeds.prefill
@@ -214,6 +217,7 @@ def estimate(need: Need, member: Member, sent: Unreported, speeds: Speeds, *, lo
         batch = slots
     slowdown = (batch / max(1, load.running)) ** BATCH_SLOWDOWN_EXPONENT if batch > load.running else 1.0
     return Estimate(
+        load.load_s(profile),
         0.0 if local else (member.rtt_s or RTT_PRIOR_S) + FORWARD_COST_S,
         wait_s,
         need.prompt_tokens / prefill,
@@ -290,28 +294,28 @@ class _Inquiry:
     def scores(self, offers: Sequence[Offer]) -> list[Candidate]:
         """Candidates in the order given, each with what the policy ranks it by."""
         members = [self.index.view.members[o.position] for o in offers]
-        score: Callable[[Member], float]
+        score: Callable[[Member, ProfileOffer], float]
         match self.policy:
             case Policy.EXPECTED_TIME:
                 speeds = Speeds.among([m.load for m in members])
-                score = lambda m: self.estimate(m, speeds).total_s  # noqa: E731
+                score = lambda m, o: self.estimate(m, o, speeds).total_s  # noqa: E731
             case Policy.LEAST_LOADED:
-                score = self._load_share
+                score = lambda m, _: self._load_share(m)  # noqa: E731
             case Policy.ROUND_ROBIN:
-                score = lambda m: self.traffic.last_sent(m.id)  # noqa: E731
+                score = lambda m, _: self.traffic.last_sent(m.id)  # noqa: E731
             case Policy.RANDOM:
-                score = lambda _: self.rng.random()  # noqa: E731
+                score = lambda _m, _o: self.rng.random()  # noqa: E731
             case _:
                 assert_never(self.policy)
         weights = self.weights if self.policy in _WEIGHTED else {}
         return [
-            Candidate(member=m, offer=o.profile, score=score(m) / weights.get(o.profile.name, 1.0))
+            Candidate(member=m, offer=o.profile, score=score(m, o.profile) / weights.get(o.profile.name, 1.0))
             for m, o in zip(members, offers, strict=True)
         ]
 
-    def estimate(self, member: Member, speeds: Speeds) -> Estimate:
+    def estimate(self, member: Member, offer: ProfileOffer, speeds: Speeds) -> Estimate:
         local = member.id == self.index.view.local
-        return estimate(self.need, member, self.traffic.unreported(member), speeds, local=local)
+        return estimate(self.need, member, offer.name, self.traffic.unreported(member), speeds, local=local)
 
     def _load_share(self, member: Member) -> float:
         load = member.load
@@ -411,7 +415,7 @@ def _in_words(inquiry: _Inquiry, candidate: Candidate, speeds: Speeds, *, is_ful
     words = []
     match inquiry.policy:
         case Policy.EXPECTED_TIME:
-            e = inquiry.estimate(member, speeds)
+            e = inquiry.estimate(member, candidate.offer, speeds)
             words.append(
                 f"done in {e.total_s:.2f} s (network {e.network_s * 1000:.0f} ms, waiting {e.wait_s:.2f} s, "
                 f"prompt {e.prefill_s:.2f} s, answer {e.decode_s:.2f} s)"
@@ -424,6 +428,8 @@ def _in_words(inquiry: _Inquiry, candidate: Candidate, speeds: Speeds, *, is_ful
             words.append("drawn at random")
         case _:
             assert_never(inquiry.policy)
+    if load_s := member.load.load_s(candidate.offer.name):
+        words.append(f"its model is loaded first, about {load_s:.1f} s")
     if not member.load.decode_tokens_per_s:
         words.append("its speed is not measured yet")
     weight = inquiry.weights.get(candidate.offer.name, 1.0) if inquiry.policy in _WEIGHTED else 1.0
@@ -445,7 +451,7 @@ def _refusal(inquiry: _Inquiry, groups: Sequence[Group], full: Sequence[Offer]) 
     members = inquiry.index.view.members
     if full:
         speeds = Speeds.among([members[o.position].load for o in full])
-        wait_s = min(inquiry.estimate(members[o.position], speeds).wait_s for o in full)
+        wait_s = min(inquiry.estimate(members[o.position], o.profile, speeds).wait_s for o in full)
         return QueueFull(
             f"All {len(full)} reachable nodes that could serve this have full queues; ask again later.",
             retry_after_s=min(RETRY_AFTER_MAX_S, max(RETRY_AFTER_MIN_S, wait_s)),

@@ -25,6 +25,10 @@ from typing import NamedTuple
 
 MEASURE_S_MAX = 1.5
 """What all trials may take together; the first, which nothing is known about, alone may exceed it."""
+ONE_THREAD_S_MAX = 3.0
+"""What the first trial of one thread may take at worst, even where less time is left."""
+FAR_SLOWER_FACTOR = 5.0
+"""A thread count whose step is so much slower than another's is tried no further."""
 PREFILL_STEP_S_MAX = 1.0
 MIXED_STEP_S_MAX = 0.15
 FEWER_THREADS_FACTOR = 1.1
@@ -104,11 +108,18 @@ def undisturbed(timings: Timings) -> bool:
 
 
 def next_trial(timings: Timings, limits: Limits, left_s: float) -> Trial | None:
-    """What to run next; None where there is nothing more to learn in the time that is left."""
+    """What to run next; None where there is nothing more to learn in the time that is left.
+
+    One thread is tried early, and where all of them may have been slow because of what else runs: then it is
+    the one that will be quick."""
     for rounds in range(1, ROUNDS + 1):
-        for threads in _thread_counts(limits):
-            for trial in _shapes(threads, limits):
-                if len(timings.get(trial, ())) < rounds and _worst_s(trial, timings) <= left_s:
+        for shape in _shapes(limits):
+            for threads in _contenders(timings, limits):
+                trial = Trial(threads, *shape)
+                single = trial == Trial(1, 1, 1) and trial not in timings
+                if len(timings.get(trial, ())) >= rounds:
+                    continue
+                if _worst_s(trial, timings) <= max(left_s, ONE_THREAD_S_MAX if single else 0.0):
                     return trial
     if not limits.open & {"prefill_tokens", "mixed_tokens"}:
         return None
@@ -161,18 +172,21 @@ def in_words(timings: Timings, choice: Choice, limits: Limits) -> str:
     return "; ".join(parts)
 
 
-def _thread_counts(limits: Limits) -> tuple[int, ...]:
-    """Counts that are worth trying, the most first."""
+def _contenders(timings: Timings, limits: Limits) -> tuple[int, ...]:
+    """Thread counts that are worth trying: the most, one, then between; not those that have been far slower
+    than another already."""
     most = limits.most.threads
     if "threads" not in limits.open:
         return (most,)
-    return tuple(sorted({most, most * 3 // 4 or 1, most // 2 or 1, most // 4 or 1, 1}, reverse=True))
+    counts = dict.fromkeys((most, 1, most * 3 // 4 or 1, most // 2 or 1, most // 4 or 1))
+    alone = {n: took_s for n in counts if (took_s := _took_s(timings, Trial(n, 1, 1)))}
+    far = FAR_SLOWER_FACTOR * min(alone.values(), default=0.0)
+    return tuple(n for n in counts if n not in alone or alone[n] <= far)
 
 
-def _shapes(threads: int, limits: Limits) -> tuple[Trial, Trial, Trial]:
-    """A stream alone, all slots together, and a slice of a prompt."""
-    slice_tokens = min(TRIED_SLICES[0], limits.most.prefill_tokens)
-    return Trial(threads, 1, 1), Trial(threads, limits.slots, 1), Trial(threads, 1, slice_tokens)
+def _shapes(limits: Limits) -> tuple[tuple[int, int], ...]:
+    """Sequences and tokens of each: a stream alone, all slots together, and a slice of a prompt."""
+    return (1, 1), (limits.slots, 1), (1, min(TRIED_SLICES[0], limits.most.prefill_tokens))
 
 
 def _worst_s(trial: Trial, timings: Timings) -> float:
@@ -191,13 +205,14 @@ def _worst_s(trial: Trial, timings: Timings) -> float:
 
 
 def _best_threads(timings: Timings, limits: Limits) -> int:
-    costs: dict[int, float] = {}
-    for threads in _thread_counts(limits):
-        alone, full, piece = _shapes(threads, limits)
-        if all(trial in timings for trial in (alone, full, piece)):
-            prompt_s = _took_s(timings, piece) / piece.tokens * _PROMPT_TOKENS
-            answer_s = _ANSWER_TOKENS / 2 * (_took_s(timings, alone) + _took_s(timings, full))
-            costs[threads] = prompt_s + answer_s
+    """The fewest that are about as fast as the best, by what was measured of all."""
+    counts = [n for n in _contenders(timings, limits) if Trial(n, 1, 1) in timings]
+    shapes = [shape for shape in _shapes(limits) if all(Trial(n, *shape) in timings for n in counts)]
+    weights = (_ANSWER_TOKENS / 2, _ANSWER_TOKENS / 2, _PROMPT_TOKENS / _shapes(limits)[-1][1])
+    costs = {
+        n: sum(w * _took_s(timings, Trial(n, *s)) for s, w in zip(shapes, weights, strict=False))
+        for n in counts
+    }
     best = min(costs.values(), default=0.0)
     near = (n for n, cost in costs.items() if cost <= best * FEWER_THREADS_FACTOR)
     return min(near, default=limits.most.threads)

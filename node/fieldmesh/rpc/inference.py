@@ -20,6 +20,7 @@ from fieldmesh.core.model import (
     CandidateNote,
     Choice,
     Chunk,
+    ColdProfile,
     Completion,
     Embeddings,
     EngineState,
@@ -510,6 +511,8 @@ _ENGINE_STATES: Final = {
     EngineState.LOST: pb.ENGINE_STATE_LOST,
     EngineState.FAILED: pb.ENGINE_STATE_FAILED,
 }
+COLD_PROFILES_MAX: Final = 16
+PROFILE_CHARS_MAX: Final = 63
 _ENGINE_STATES_IN: Final = {wire: core for core, wire in _ENGINE_STATES.items()}
 _LOAD_COUNTS: Final = (
     "slots",
@@ -530,20 +533,25 @@ def load_to_proto(load: Load) -> pb.Load:
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         decode_tokens_per_s=load.decode_tokens_per_s,
         draining=load.draining,
+        cold=[pb.ColdProfile(profile=c.profile, load_s=c.load_s) for c in load.cold],
         **{name: getattr(load, name) for name in _LOAD_COUNTS},
     )
 
 
 def load_from_proto(load: pb.Load) -> Load:
-    """How busy a node is. A peer's nonsense (negative or non-finite speeds) reads as "not known"."""
+    """How busy a node is. A peer's nonsense (speeds and times that are none) reads as "not known"."""
     return Load(
         engine=_ENGINE_STATES_IN.get(load.engine, EngineState.LOST),
         prefill_tokens_per_s=_speed(load.prefill_tokens_per_s),
         decode_tokens_per_s=_speed(load.decode_tokens_per_s),
         draining=load.draining,
+        cold=tuple(
+            ColdProfile(profile=c.profile[:PROFILE_CHARS_MAX], load_s=_speed(c.load_s))
+            for c in load.cold[:COLD_PROFILES_MAX]
+        ),
         **{name: getattr(load, name) for name in _LOAD_COUNTS},
     )
 
 
-def _speed(tokens_per_s: float) -> float:
-    return tokens_per_s if math.isfinite(tokens_per_s) and tokens_per_s > 0 else 0.0
+def _speed(number: float) -> float:
+    return number if math.isfinite(number) and number > 0 else 0.0

@@ -22,7 +22,7 @@ from typing import Any
 from fieldmesh.core.errors import EngineNotReady, FieldmeshError, ProfileNotFound
 from fieldmesh.core.loading import Admit, Effect, Loading, ModelState, Unload
 from fieldmesh.core.loading import Load as LoadModel
-from fieldmesh.core.model import EngineState, Load, ProfileOffer
+from fieldmesh.core.model import ColdProfile, EngineState, Load, ProfileOffer
 from fieldmesh.engine.adapters import check_adapters
 from fieldmesh.engine.fingerprint import fingerprint, stamp
 from fieldmesh.engine.front import EngineFront
@@ -36,6 +36,9 @@ from fieldmesh.runtime import log
 from fieldmesh.runtime.state import StateFolder
 
 LOAD_WAIT_S = 60.0
+LOAD_BASE_S = 1.0
+LOAD_BYTES_PER_S = 200e6
+"""How long a model is taken to load before it has been measured (guesses: a process, and a slow disk)."""
 STATES = ("cold", "loading", "ready", "ending", "lost", "failed")
 FINGERPRINTS_KEY = "fingerprints"
 
@@ -58,6 +61,12 @@ class Hosted:
     info: EngineInfo | None = None
     tally: EngineTally = field(default_factory=EngineTally)
     refused: FieldmeshError | None = None
+    loaded_in_s: float = 0.0
+
+    @property
+    def load_s(self) -> float:
+        """How long loading takes: as the last time, or an estimate."""
+        return self.loaded_in_s or LOAD_BASE_S + self.size_bytes / LOAD_BYTES_PER_S
 
     @property
     def stamp(self) -> str:
@@ -268,6 +277,14 @@ class Models:
             if entry.fingerprint and (alone or entry.refused is None)
         )
 
+    def _cold(self) -> tuple[ColdProfile, ...]:
+        """The profiles that would have to be loaded, tenths of seconds being news to nobody."""
+        return tuple(
+            ColdProfile(profile=name, load_s=max(0.1, round(entry.load_s, 1)))
+            for name, entry in self.hosted.items()
+            if entry.refused is None and self._loading.state(name) is not ModelState.READY
+        )
+
     def node_load(self) -> Load:
         """One load for all models. The node is ready while it can answer for any of its profiles."""
         loads = [entry.load for entry in self.hosted.values()]
@@ -292,6 +309,7 @@ class Models:
             pending_decode_tokens=sum(x.pending_decode_tokens for x in live),
             prefill_tokens_per_s=max(x.prefill_tokens_per_s for x in live),
             decode_tokens_per_s=max(x.decode_tokens_per_s for x in live),
+            cold=self._cold(),
         )
 
     # --- what is decided is done -------------------------------------------------------------
@@ -356,6 +374,7 @@ class Models:
         engine = entry.engine = self._make_engine(entry.settings)
         engine.tally, engine.fingerprint_hint = entry.tally, entry.fingerprint
         self._spawn(self._follow(entry, engine))
+        began = self._loop.time()
         logger.info("model_loading", profile=name, estimated_mib=entry.size_bytes >> 20)
         try:
             entry.info = await engine.start()
@@ -370,6 +389,7 @@ class Models:
             self._perform(self._loading.ended(name, self._loop.time()))
             return
         entry.fingerprint = entry.info.fingerprint
+        entry.loaded_in_s = self._loop.time() - began
         logger.info(
             "engine_ready",
             profile=name,

@@ -58,7 +58,7 @@ class Moving:
         self._view = view
         self._bulk = bulk
         self._bytes = counted
-        self._leaving = 0
+        self._leaving = asyncio.Semaphore(LEAVING_MAX)
 
     # --- coming --------------------------------------------------------------------------------
 
@@ -132,8 +132,8 @@ class Moving:
     ) -> AsyncGenerator[peer_pb2.FetchStateResponse, None]:
         """The state of a sequence that runs here, in pieces; the sequence goes on.
 
-        Raises StateRefused (not a member, another fingerprint, too large, too many at once),
-        GenerationNotFound, InvalidRequest.
+        Raises StateRefused (not a member, another fingerprint, too large), GenerationNotFound,
+        InvalidRequest.
         """
         if caller is None or self._member(caller.node) is None:
             raise StateRefused("states are given to members of the mesh alone")
@@ -147,10 +147,7 @@ class Moving:
                 "prompt again instead",
                 field="fingerprint",
             )
-        if self._leaving >= LEAVING_MAX:
-            raise StateRefused("too many states are being moved; ask again later", retry_after_s=1.0)
-        self._leaving += 1
-        try:
+        async with self._leaving:  # who waits for a turn is bounded by its deadline
             state = await engine.export(job_id(request.generation_id, request.epoch))
             envelope = state.envelope
             if len(envelope) > request.bytes_max:
@@ -161,8 +158,6 @@ class Moving:
             async for response in _pieces(envelope):
                 self._bytes.sent.add(peer, response.ByteSize())
                 yield response
-        finally:
-            self._leaving -= 1
 
     def _engine(self, profile: str) -> EngineFront:
         found = self._models.hosted.get(profile)

@@ -1496,6 +1496,7 @@ class Load(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     DECODE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    COLD_FIELD_NUMBER: _builtins.int
     engine: Global___EngineState.ValueType
     """What the engine is doing."""
     slots: _builtins.int
@@ -1520,6 +1521,10 @@ class Load(_message.Message):
     """Measured speed of one stream at the present batch; 0 while unknown."""
     draining: _builtins.bool
     """The node is leaving."""
+    @_builtins.property
+    def cold(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColdProfile]:
+        """Profiles whose models are not in memory; at most 16."""
+
     def __init__(
         self,
         *,
@@ -1535,14 +1540,41 @@ class Load(_message.Message):
         prefill_tokens_per_s: _builtins.float = ...,
         decode_tokens_per_s: _builtins.float = ...,
         draining: _builtins.bool = ...,
+        cold: _abc.Iterable[Global___ColdProfile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "engine", b"engine", "kv_cells_total", b"kv_cells_total", "kv_cells_used", b"kv_cells_used", "pending_decode_tokens", b"pending_decode_tokens", "pending_prefill_tokens", b"pending_prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_max", b"queue_max", "queued", b"queued", "running", b"running", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "engine", b"engine", "kv_cells_total", b"kv_cells_total", "kv_cells_used", b"kv_cells_used", "pending_decode_tokens", b"pending_decode_tokens", "pending_prefill_tokens", b"pending_prefill_tokens", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queue_max", b"queue_max", "queued", b"queued", "running", b"running", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class ColdProfile(_message.Message):
+    """ColdProfile is a profile that is served after its model has been loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    LOAD_S_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    """Name of the profile."""
+    load_s: _builtins.float
+    """Seconds that loading takes, measured or estimated."""
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        load_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_s", b"load_s", "profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColdProfile: _TypeAlias = ColdProfile  # noqa: Y015
 
 @_typing.final
 class AbortRequest(_message.Message):
