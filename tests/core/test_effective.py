@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from fieldmesh.core.effective import Rules, effective
 from fieldmesh.core.errors import InvalidRequest
+from fieldmesh.core.quota import Quota
 from fieldmesh.core.routing import Policy
 from fieldmesh.core.settings import Change, State, Value
-from fieldmesh.core.settings_schema import LIMITS, ROUTING_POLICIES, validate
+from fieldmesh.core.settings_schema import LIMITS, QUOTAS, ROUTING_POLICIES, validate
 
 OWN = Rules(policy=Policy.LEAST_LOADED, streams_max=7, hops_max=1)
 
@@ -51,6 +52,12 @@ def test_what_the_mesh_has_agreed_on_counts_everywhere() -> None:
 
 def test_a_value_of_another_version_counts_as_not_set() -> None:
     assert effective(OWN, state(routing__policy="by-moonlight", limits__hops_max="many")) == OWN
+    assert effective(OWN, state(quotas__ann={"tokens_per_moon": 1})) == OWN
+
+
+def test_every_bound_of_a_quota_that_may_be_agreed_on_is_obeyed() -> None:
+    bounds = {name: number for number, name in enumerate(QUOTAS)}
+    assert effective(OWN, state(quotas__ann=bounds)).quotas == {"ann": Quota(**bounds)}
 
 
 def test_every_policy_and_limit_that_may_be_agreed_on_is_obeyed() -> None:
@@ -61,7 +68,9 @@ def test_every_policy_and_limit_that_may_be_agreed_on_is_obeyed() -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(["routing/policy", "routing/weights", "domains/x", "limits/hops_max", "limits/new"]),
+        st.sampled_from(
+            ["routing/policy", "routing/weights", "domains/x", "limits/hops_max", "limits/new", "quotas/x"]
+        ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.text(max_size=5),
             lambda inner: (

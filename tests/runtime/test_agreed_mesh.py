@@ -17,7 +17,7 @@ from fieldmesh.cli.app import run
 from fieldmesh.client import Client
 from fieldmesh.client.admin import Admin
 from fieldmesh.config import ConsensusSlice
-from fieldmesh.core.errors import ChangeRefused, InvalidRequest
+from fieldmesh.core.errors import ChangeRefused, InvalidRequest, QuotaExceeded
 from fieldmesh.core.settings import Change
 from fieldmesh.runtime.council_model import CouncilStatus
 from fieldmesh.runtime.node import Node
@@ -117,6 +117,25 @@ async def test_a_limit_set_through_one_node_binds_every_node(site: Mesh) -> None
         with pytest.raises(InvalidRequest, match="3"):
             await client.chat("hello", max_tokens=4).result()
         assert (await client.chat("hello", max_tokens=3, ignore_eos=True).result()).completion_tokens == 3
+
+
+async def test_a_quota_set_through_one_node_binds_its_tenant_at_every_node(site: Mesh) -> None:
+    await founded(site, "b")
+    revision = await put(site.nodes["b"], "quotas/ann", {"requests_per_minute": 1})
+    for name, node in site.nodes.items():
+        await seen(node, revision)
+        async with site.client(name) as client:
+            await client.chat("hello", max_tokens=2, tenant="ann").result()
+            with pytest.raises(QuotaExceeded) as caught:
+                await client.chat("hello", max_tokens=2, tenant="ann").result()
+            assert 0 < (caught.value.retry_after_s or 0) <= 60
+            await client.chat("hello", max_tokens=2, tenant="bob").result()
+    revision = await put(site.nodes["a"], "quotas/ann", {"tokens_per_minute": 1})
+    await seen(site.nodes["a"], revision)
+    async with site.client("a") as client:
+        await client.chat("hello", max_tokens=2, tenant="ann").result()
+        with pytest.raises(QuotaExceeded, match="tokens_per_minute"):
+            await client.chat("hello", max_tokens=2, tenant="ann").result()
 
 
 async def test_the_mesh_says_who_owns_a_domain(site: Mesh) -> None:

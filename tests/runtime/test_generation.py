@@ -83,7 +83,7 @@ def generation(script: Script, ask: Ask = ASK, *, lag_tokens_max: int = 100) -> 
         path=(),
         hops_left=1,
         rng=Random(1),
-        on_result=lambda _: None,
+        on_end=lambda _: None,
     )
 
 

@@ -154,6 +154,13 @@ class TooManyStreams(FieldmeshError):
     retryable = True
 
 
+class QuotaExceeded(FieldmeshError):
+    """The tenant of a request has asked this node for as much as its quota allows, for now."""
+
+    code = "QUOTA_EXCEEDED"
+    status = Status.RESOURCE_EXHAUSTED
+
+
 class SlowReader(FieldmeshError):
     """The reader of a stream fell too far behind; its generation was ended and freed."""
 

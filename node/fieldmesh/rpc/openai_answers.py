@@ -40,6 +40,7 @@ _CODES: Final = {
     "PROMPT_TOO_LONG": "context_length_exceeded",
     "QUEUE_FULL": "rate_limit_exceeded",
     "TOO_MANY_STREAMS": "rate_limit_exceeded",
+    "QUOTA_EXCEEDED": "rate_limit_exceeded",
 }
 _TYPES: Final = {
     Status.RESOURCE_EXHAUSTED: "rate_limit_error",

@@ -87,7 +87,7 @@ class Generation:
         path: tuple[NodeId, ...],
         hops_left: int,
         rng: Random,
-        on_result: Callable[[Result], None],
+        on_end: Callable[[Generation], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         # What a change of the mesh starts later still belongs to this request: its log lines say so.
@@ -103,7 +103,7 @@ class Generation:
         self.attempts = 0
         self._need = need_of(ask, path=path, hops_left=hops_left)
         self._router = router
-        self._on_result = on_result
+        self._on_end = on_end
         self._run_attempt = run_attempt
         self._chunks: list[Chunk] = []
         self._changed = asyncio.Event()
@@ -137,6 +137,15 @@ class Generation:
     @property
     def tokens_delivered(self) -> int:
         return self._dispatch.tokens_delivered
+
+    @property
+    def tokens_used(self) -> int:
+        """Tokens of prompt and answer; of one that failed or was left those delivered, and a guess of its
+        prompt's where a node had begun on it."""
+        if isinstance(self.outcome, Result):
+            usage = self.outcome.completion.usage
+            return usage.prompt_tokens + usage.completion_tokens
+        return self.tokens_delivered + self._need.prompt_tokens * bool(self.attempts)
 
     def begin(self) -> None:
         """Take the first step."""
@@ -214,7 +223,6 @@ class Generation:
                 case Deliver():
                     self._chunks.append(effect.chunk)
                 case Finish():
-                    self._on_result(effect.result)
                     self._end(effect.result)
                 case Fail():
                     self._end(effect.error)
@@ -228,6 +236,7 @@ class Generation:
         self.outcome = outcome
         self.ended_at = self._loop.time()
         self._router.end(self.generation_id)
+        self._on_end(self)
 
     def _set_timer(self) -> None:
         due = self._dispatch.deadline

@@ -29,6 +29,7 @@ from fieldmesh.core.model import (
     Result,
     Target,
 )
+from fieldmesh.core.quota import Quotas
 from fieldmesh.core.routing import Candidate, Need
 from fieldmesh.core.tally import Histogram
 from fieldmesh.runtime.forwarding import Forwarder
@@ -93,6 +94,7 @@ class Service:
         self._config = config
         self._rng = rng
         self._generations = Generations(config.generations)
+        self._quotas = Quotas()
         self._streams = 0
         self._draining = False
         self._members: dict[NodeId, Member] = {}
@@ -105,6 +107,7 @@ class Service:
     def obey(self, rules: Rules) -> None:
         """Serve by these rules from now on; requests under way go on as they began."""
         self._rules = rules
+        self._quotas.obey(rules.quotas)
         self.router.obey(rules)
 
     @property
@@ -161,6 +164,8 @@ class Service:
     ) -> Generation:
         if self._draining:
             raise Draining("This node is leaving; ask another one", retry_after_s=0.0)
+        if not path:  # what a peer passes on was counted where it entered
+            self._quotas.begin(ask.tenant, asyncio.get_running_loop().time(), streams=self._held(ask.tenant))
         generation = Generation(
             ask,
             generation_id=uuid.uuid4().hex,
@@ -173,15 +178,24 @@ class Service:
             path=path,
             hops_left=hops_left,
             rng=self._rng,
-            on_result=self._count,
+            on_end=self._ended,
         )
         self._generations.add(generation, asyncio.get_running_loop().time())
         generation.begin()
         return generation
 
-    def _count(self, result: Result) -> None:
-        route = "local" if result.served_by == self.entry.node else "forwarded"
-        self.latencies.observe(route, result.ttft_s, result.duration_s)
+    def _held(self, tenant: str) -> int:
+        """How many requests of a tenant entered here and are under way."""
+        return sum(g.ask.tenant == tenant and not g.path for g in self._generations.running())
+
+    def _ended(self, generation: Generation) -> None:
+        """Count what a request took."""
+        if not generation.path:
+            now = asyncio.get_running_loop().time()
+            self._quotas.spend(generation.ask.tenant, generation.tokens_used, now)
+        if isinstance(result := generation.outcome, Result):
+            route = "local" if result.served_by == self.entry.node else "forwarded"
+            self.latencies.observe(route, result.ttft_s, result.duration_s)
 
     def _run_attempt(self, generation: Generation, start: Start) -> AsyncIterator[AttemptEvent]:
         candidate = start.candidate
