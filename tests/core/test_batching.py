@@ -174,6 +174,22 @@ def test_work_waits_for_a_slot() -> None:
     assert drive.finished() == ["a", "b"]
 
 
+def test_the_end_of_a_generation_says_how_long_it_waited_for_its_first_slot() -> None:
+    drive = Drive(STORING)
+    drive.submit(work("batch", prompt=60, tokens_max=50, priority=Priority.BATCH))
+    while drive.tokens_of("batch") < 10:
+        drive.step()
+    drive.submit(work("interactive", first=1000, priority=Priority.INTERACTIVE))
+    drive.submit(work("late", first=2000))
+    submitted_at = drive.now
+    drive.run()
+    queue_s = {o.id: o.usage.queue_s for o in drive.outputs if o.usage is not None}
+    # The batch one had its slot at once; that it had to make way later is another matter.
+    assert (queue_s["batch"], queue_s["interactive"]) == (0.0, 0.0)
+    assert queue_s["late"] is not None
+    assert 0.05 < queue_s["late"] < drive.now - submitted_at
+
+
 def test_work_waits_for_cells_not_only_for_slots() -> None:
     drive = Drive(replace(CONFIG, cells_total=256))
     drive.submit(work("a", prompt=100, tokens_max=50), work("b", prompt=100, tokens_max=50, first=1000))

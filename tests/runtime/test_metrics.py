@@ -81,6 +81,7 @@ async def test_an_answer_moves_the_numbers_of_both_nodes(tmp_path: Path, tiny: P
         assert moved(*sums, "engine_step_seconds_count", **model, phase="prefill") == 1
         assert moved(*sums, "engine_step_seconds_count", **model, phase="decode") == 19
         assert moved(*sums, "inter_token_latency_seconds_count", **model) == 19
+        assert moved(*sums, "request_queue_time_seconds_count", **model) == 1
     assert moved(before, after, "requests_total", method=chat, code="OK") == 2
     assert moved(before, after, "requests_total", method=chat, code="PROFILE_NOT_FOUND") == 1
     assert moved(before_code, after_code, "requests_total", method=forward, code="OK") == 1

@@ -174,7 +174,7 @@ class Batcher:
             if found is None:
                 break
             del self._waiting[found[0].work.id]
-            places.append(self._place(*found))
+            places.append(self._place(*found, now))
         return tuple(places)
 
     def _room_is_possible(self) -> bool:
@@ -268,6 +268,7 @@ class Batcher:
             order=victim.order,
             tokens=victim.tokens,
             cached=victim.cached,
+            queue_s=victim.queue_s,
             state=state,
         )
         self._release(victim)
@@ -277,7 +278,7 @@ class Batcher:
         if waiting.state in self.cache.stored:
             self.cache.stored.unpin(waiting.state)
 
-    def _place(self, waiting: Waiting, source: Source) -> Place:
+    def _place(self, waiting: Waiting, source: Source, now: float) -> Place:
         work = waiting.work
         # Continue in the slot that holds the prefix; else stay beside running neighbours (llama.cpp computes
         # neighbouring sequences in one pass) and overwrite what was used least recently.
@@ -293,6 +294,7 @@ class Batcher:
             tokens=waiting.tokens,
             computed=source.keep,
             cached=min(source.keep, len(work.prompt_token_ids)) if waiting.cached is None else waiting.cached,
+            queue_s=now - waiting.arrived if waiting.cached is None else waiting.queue_s,
         )
         self._served[work.tenant] += len(waiting.tokens) - source.keep
         return self.cache.place(slot, work.adapter, waiting.tokens, source, work.cells)

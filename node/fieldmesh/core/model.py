@@ -399,13 +399,15 @@ class Chunk:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Token counts of one request. ``cached_tokens`` of the prompt did not have to be computed;
-    ``reasoning_tokens`` are among those of the completion.
+    ``reasoning_tokens`` are among those of the completion. ``queue_s``: how long it waited for its first
+    slot, where the engine itself says it.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ class Running:
     tokens: list[int]
     computed: int
     cached: int
+    queue_s: float = 0.0
     paused: bool = False
     ended: bool = False
 
@@ -39,18 +40,21 @@ class Running:
             prompt_tokens=len(self.work.prompt_token_ids),
             cached_tokens=self.cached,
             completion_tokens=self.generated,
+            queue_s=self.queue_s,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """``cached`` and ``state`` are set for those that ran before: reused prompt tokens, saved state."""
+    """``cached``, ``queue_s`` and ``state`` are set for those that ran before: reused prompt tokens, how
+    long they waited then, saved state."""
 
     work: Work
     arrived: float
     order: int
     tokens: list[int]
     cached: int | None = None
+    queue_s: float = 0.0
     state: str = ""
 
     @property

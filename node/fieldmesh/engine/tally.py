@@ -12,6 +12,7 @@ from fieldmesh.engine.frames import Accepted, Done, StepTiming
 
 STEP_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 INTER_TOKEN_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
+QUEUE_BOUNDS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PHASES = ("decode", "prefill", "mixed")
 
 
@@ -31,6 +32,7 @@ class EngineTally:
         self.finished = dict.fromkeys(FinishReason, 0)
         self.step_s = {phase: Histogram(STEP_BOUNDS_S) for phase in PHASES}
         self.inter_token_s = Histogram(INTER_TOKEN_BOUNDS_S)
+        self.queue_s = Histogram(QUEUE_BOUNDS_S)
 
     def accepted(self, report: Accepted) -> None:
         """A prompt was admitted."""
@@ -42,6 +44,8 @@ class EngineTally:
         self.prefix_queried_tokens += usage.prompt_tokens
         self.prefix_hit_tokens += usage.cached_tokens
         self.finished[report.completion.finish_reason] += 1
+        if usage.queue_s is not None:
+            self.queue_s.observe(usage.queue_s)
 
     def stepped(self, timing: StepTiming) -> None:
         """A step was computed."""

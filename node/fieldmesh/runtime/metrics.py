@@ -119,6 +119,11 @@ def _engine_families(models: Models) -> Iterator[Metric]:
     between = HistogramMetricFamily(
         "fieldmesh_inter_token_latency_seconds", "Time between two tokens of a generation", labels=label
     )
+    queued = HistogramMetricFamily(
+        "fieldmesh_request_queue_time_seconds",
+        "Time that completed generations had waited for a slot",
+        labels=label,
+    )
     for labels, entry in found:
         present = models.state(entry.profile.name)
         for state in STATES:
@@ -128,7 +133,8 @@ def _engine_families(models: Models) -> Iterator[Metric]:
         for phase, histogram in entry.tally.step_s.items():
             _add(steps, (*labels, phase), histogram)
         _add(between, labels, entry.tally.inter_token_s)
-    yield from (states, finished, steps, between)
+        _add(queued, labels, entry.tally.queue_s)
+    yield from (states, finished, steps, between, queued)
 
 
 def _request_families(service: Service, calls: Calls) -> Iterator[Metric]:
