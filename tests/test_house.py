@@ -40,6 +40,7 @@ FOREIGN = {
         *("runtime/http_door", "runtime/http_openai", "runtime/http_responses", "runtime/http_ollama"),
     ),
     "uvicorn": ("runtime/http_server", "runtime/http_protocol"),
+    "opentelemetry": ("runtime/otlp",),
     "h11": ("runtime/http_protocol",),
     "typer": ("cli/", "__main__"),
     "rich": ("cli/", "__main__"),
@@ -47,7 +48,7 @@ FOREIGN = {
 # What the base install does not bring.
 NODE_ONLY = (
     *("cryptography", "grpc_health", "grpc_reflection", "llama_cpp", "llguidance", "numpy"),
-    *("prometheus_client", "pycrdt", "starlette", "structlog", "uvicorn"),
+    *("opentelemetry", "prometheus_client", "pycrdt", "starlette", "structlog", "uvicorn"),
 )
 # What the core must not touch: it performs no I/O, has no clock and draws no randomness of its own.
 CORE_BANNED = frozenset(
@@ -262,7 +263,13 @@ def _declared(*extras: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize(
-    ("file", "extras"), [("base.txt", ()), ("node.txt", ("node",)), ("dev.txt", ("node", "dev"))]
+    ("file", "extras"),
+    [
+        ("base.txt", ()),
+        ("node.txt", ("node",)),
+        ("otel.txt", ("node", "otel")),
+        ("dev.txt", ("node", "otel", "dev")),
+    ],
 )
 def test_what_the_project_declares_is_pinned(file: str, extras: tuple[str, ...]) -> None:
     pins = _pins(file) | _pins("engine.txt")
@@ -280,7 +287,7 @@ def test_one_package_has_one_version_in_all_files() -> None:
     everything = _pins("dev.txt")
     different = [
         f"{file}: {name} {versions} against {everything[name]}"
-        for file in ("base.txt", "node.txt", "build.txt")
+        for file in ("base.txt", "node.txt", "otel.txt", "build.txt")
         for name, versions in _pins(file).items()
         if versions != everything[name]
     ]

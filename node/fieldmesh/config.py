@@ -37,6 +37,7 @@ from fieldmesh.values import (
     Port,
     Refused,
     Text,
+    Url,
     is_loopback,
     read,
     shown,
@@ -55,6 +56,8 @@ PROFILES_MAX: Final = 16
 BATCH_TOKENS_MIN: Final = 32
 FILE_NAME: Final = "fieldmesh.toml"
 
+# What OpenTelemetry calls an option of ours; our own variable comes before it.
+STANDARD_VARIABLES: Final = {"OTEL_EXPORTER_OTLP_ENDPOINT": "trace.otlp_endpoint"}
 # Variables of the client, the build and the tests: not options of a node.
 FOREIGN_VARIABLES: Final = frozenset(
     {"FIELDMESH_CONFIG", "FIELDMESH_NODE", "FIELDMESH_DEBUG", "FIELDMESH_BENCH_DATA"}
@@ -240,6 +243,17 @@ class ConsensusSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceSlice:
+    """Where traces of requests go, beside this node's own memory."""
+
+    otlp_endpoint: Annotated[
+        str,
+        Url(),
+        "Collector that gets traces by OTLP over HTTP (https://host:4318), or nothing; needs fieldmesh[otel]",
+    ] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSlice:
     """What this node writes to stderr."""
 
@@ -263,6 +277,7 @@ class NodeConfig:
     limits: LimitsSlice = field(default_factory=LimitsSlice)
     routing: RoutingSlice = field(default_factory=RoutingSlice)
     consensus: ConsensusSlice = field(default_factory=ConsensusSlice)
+    trace: TraceSlice = field(default_factory=TraceSlice)
     log: LogSlice = field(default_factory=LogSlice)
 
     @property
@@ -487,7 +502,11 @@ def _from_file(path: Path) -> dict[str, tuple[object, str]]:
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
     by_variable = {option.variable: option.key for option in options().values()}
-    found: dict[str, tuple[object, str]] = {}
+    found: dict[str, tuple[object, str]] = {
+        key: (environ[variable], f"environment {variable}")
+        for variable, key in STANDARD_VARIABLES.items()
+        if environ.get(variable)
+    }
     for variable in sorted(environ):
         value = environ[variable]
         if not variable.startswith("FIELDMESH_") or variable in FOREIGN_VARIABLES or not value:

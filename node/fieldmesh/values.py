@@ -51,6 +51,17 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Url:
+    """The address of an HTTP server, or nothing."""
+
+    pattern: ClassVar = re.compile(r"https?://[^\s/?#@\"<>]{1,253}(/[!-~]{0,1024})?")
+    words: ClassVar = "an address such as http://127.0.0.1:4318 or https://collector.example/otlp, or nothing"
+
+    def accepts(self, value: str) -> bool:
+        return value == "" or self.pattern.fullmatch(value) is not None
+
+
+@dataclass(frozen=True, slots=True)
 class Port:
     """Which port an address gets when it names none. Listeners may take port 0: any free one."""
 
@@ -104,7 +115,7 @@ def read(kind: Any, rules: tuple[object, ...], value: object) -> object:
     if kind is Address:
         return parse_address(value, rule(Port))
     if kind is str:
-        return _text(value, next(entry for entry in rules if isinstance(entry, (Name, Text))))
+        return _text(value, next(entry for entry in rules if isinstance(entry, (Name, Text, Url))))
     return _addresses(value, rule(Many), rule(Port))
 
 
@@ -133,7 +144,7 @@ def _number(value: object, bounds: Between, *, whole: bool) -> int | float:
     return number
 
 
-def _text(value: object, rule: Name | Text) -> str:
+def _text(value: object, rule: Name | Text | Url) -> str:
     if not isinstance(value, str) or not rule.accepts(value):
         raise Refused(rule.words)
     return value

@@ -27,9 +27,10 @@ from fieldmesh.core.model import (
 from fieldmesh.rpc import inference as codec
 from fieldmesh.rpc.errors import error_metadata
 from fieldmesh.v1 import inference_pb2 as pb
-from fieldmesh.v1 import mesh_pb2
+from fieldmesh.v1 import mesh_pb2, trace_pb2
 from fieldmesh.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from fieldmesh.v1.mesh_pb2_grpc import MeshServiceServicer, add_MeshServiceServicer_to_server
+from fieldmesh.v1.trace_pb2_grpc import TraceServiceServicer, add_TraceServiceServicer_to_server
 
 STATUS = {code.value[0]: code for code in grpc.StatusCode}
 Act = Callable[["ScriptedNode", Any, grpc.aio.ServicerContext[Any, Any]], AsyncIterator[tuple[str, Any]]]
@@ -154,7 +155,7 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 
 
 @dataclass
-class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
+class ScriptedNode(InferenceServiceServicer, MeshServiceServicer, TraceServiceServicer):
     """One node. ``script`` is taken from the front by Generate and Chat; without one it answers its name."""
 
     name: str
@@ -162,6 +163,8 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
     unary_errors: list[FieldmeshError] = field(default_factory=list)
     peers: list[ScriptedNode] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
+    metadata: list[dict[str, str]] = field(default_factory=list)
+    trace: trace_pb2.GetTraceResponse = field(default_factory=trace_pb2.GetTraceResponse)
     aborted: list[str] = field(default_factory=list)
     listed: asyncio.Event = field(default_factory=asyncio.Event)
     hanging: asyncio.Event = field(default_factory=asyncio.Event)
@@ -183,6 +186,7 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         add_InferenceServiceServicer_to_server(self, self.server)
         add_MeshServiceServicer_to_server(self, self.server)
+        add_TraceServiceServicer_to_server(self, self.server)
         self.health = _Health(self)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         await self.tell_health("", serves=True)
@@ -205,6 +209,7 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
 
     async def Chat(self, request: Any, context: Any) -> AsyncIterator[pb.ChatResponse]:  # type: ignore[override]
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         act = self.script.pop(0) if self.script else answers(self.name)
         async for kind, message in act(self, request, context):
             yield pb.ChatResponse(**{kind: message})
@@ -213,6 +218,10 @@ class ScriptedNode(InferenceServiceServicer, MeshServiceServicer):
         self.requests.append(request)
         if self.unary_errors:
             await abort(context, self.unary_errors.pop(0))
+
+    async def GetTrace(self, request: Any, context: Any) -> trace_pb2.GetTraceResponse:  # type: ignore[override]
+        await self._unary(request, context)
+        return self.trace
 
     async def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:  # type: ignore[override]
         await self._unary(request, context)

@@ -37,6 +37,7 @@ from fieldmesh.core.model import (
 from fieldmesh.engine.port import Started
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.router import Router
+from fieldmesh.runtime.tracing import Tracer
 
 A, B = NodeId("a" * 32), NodeId("b" * 32)
 DONE = Completion(finish_reason=FinishReason.STOP, usage=Usage(prompt_tokens=1, completion_tokens=3))
@@ -76,7 +77,7 @@ def generation(script: Script, ask: Ask = ASK, *, lag_tokens_max: int = 100) -> 
         generation_id="g",
         entry=Entry(node=A, name="a"),
         router=Router(view, rules=Rules(), rng=Random(1)),
-        run_attempt=lambda _, start: script(start),
+        run_attempt=lambda _, start, trace: script(start),
         dispatch_config=DispatchConfig(attempts_max=2),
         lag_tokens_max=lag_tokens_max,
         deadline_s=30.0,
@@ -84,6 +85,7 @@ def generation(script: Script, ask: Ask = ASK, *, lag_tokens_max: int = 100) -> 
         hops_left=1,
         rng=Random(1),
         on_end=lambda _: None,
+        trace=Tracer(Random(1)).open(None, ask.request_id),
     )
 
 

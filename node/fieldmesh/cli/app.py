@@ -22,6 +22,7 @@ from fieldmesh.cli import (
     profiling,
     serving,
     terminal,
+    tracing,
     up,
     voters,
 )
@@ -72,6 +73,7 @@ app.command()(asking.ask)
 app.command()(asking.chat)
 app.command()(asking.embed)
 app.command()(looking.status)
+app.command()(tracing.trace)
 app.add_typer(profiling.app, name="profiles")
 app.add_typer(keeping.app, name="models")
 app.add_typer(configuration.app, name="config")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_NODE: Final = "127.0.0.1:7420"
 QUESTION_BYTES_MAX: Final = 1_048_576
 SCHEMA_BYTES_MAX: Final = 65_536
+TRACE_CHARS_SHOWN: Final = 8
 
 Node = Annotated[
     list[str] | None,
@@ -101,12 +102,17 @@ def ask(
         timeout_s=timeout_s,
     )
     with connect(node) as client, client.chat(text, **options) as stream:
-        if as_json:
-            terminal.write_json(result_json(stream.result()))
-        elif n is not None and n > 1:
-            show_choices(stream.result())
-        else:
-            stream_answer(stream)
+        try:
+            if as_json:
+                terminal.write_json(result_json(stream.result()))
+            elif n is not None and n > 1:
+                show_choices(stream.result())
+            else:
+                stream_answer(stream)
+        except FieldmeshError as error:
+            if "trace_id" in error.metadata:  # it got as far as being worked on
+                terminal.say(f"Its way: fieldmesh trace {stream.trace_id[:TRACE_CHARS_SHOWN]}")
+            raise
 
 
 def given(**options: Any) -> Any:
@@ -199,9 +205,10 @@ def served_by(result: Result) -> str:
     seconds = max(result.duration_s - result.ttft_s, 0.0)
     speed = (result.completion_tokens - 1) / seconds if seconds > 0 and result.completion_tokens > 1 else 0.0
     pace = f" at {speed:.0f}/s" if speed else ""
+    traced = f" · trace {result.trace_id[:TRACE_CHARS_SHOWN]}" if result.trace_id else ""
     return (
         f"served by {result.served_by} (profile {result.profile}{why}){fallback}{way}{retried} · "
-        f"{result.completion_tokens} tokens{pace}, first after {result.ttft_s:.2f} s"
+        f"{result.completion_tokens} tokens{pace}, first after {result.ttft_s:.2f} s{traced}"
     )
 
 

@@ -69,6 +69,9 @@ def serve(
     found: Annotated[
         bool | None, typer.Option("--found", help="Found the mesh's configuration here: on one node only.")
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Collector that gets traces by OTLP. [default: none]")
+    ] = None,
     state_folder: Annotated[
         str | None, typer.Option(help="Folder of the node's identity. [default: one for each mesh and name]")
     ] = None,
@@ -108,6 +111,7 @@ def serve(
         "engine.queue_max": queue_max,
         "routing.policy": policy,
         "consensus.found": found,
+        "trace.otlp_endpoint": otlp_endpoint,
         "log.format": log_format,
         "log.level": log_level,
     }

@@ -11,7 +11,19 @@ from fieldmesh.client.aio import AsyncClient, AsyncStream
 from fieldmesh.client.calls import Options
 from fieldmesh.client.failover import Persistence
 from fieldmesh.client.health import serving
-from fieldmesh.client.records import Choice, Embedded, Mesh, Node, NodeLoad, Offer, Result, Tokens, as_json
+from fieldmesh.client.records import (
+    Choice,
+    Embedded,
+    Mesh,
+    Node,
+    NodeLoad,
+    Offer,
+    Result,
+    SilentNode,
+    Tokens,
+    Traced,
+    as_json,
+)
 from fieldmesh.client.sync import Client, Stream
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import Address, Chunk, Message, Tool, ToolCall, Tools
@@ -33,11 +45,13 @@ __all__ = [
     "Options",
     "Persistence",
     "Result",
+    "SilentNode",
     "Stream",
     "Tokens",
     "Tool",
     "ToolCall",
     "Tools",
+    "Traced",
     "as_json",
     "serving",
 ]

@@ -19,13 +19,16 @@ import grpc.aio
 from fieldmesh.client import calls, records
 from fieldmesh.client.calls import Options, TargetOptions, Turns
 from fieldmesh.client.failover import AddressBook, Attempts, Persistence
-from fieldmesh.client.records import Embedded, Mesh, NodeLoad, Offer, Reply, Result, Tokens
+from fieldmesh.client.records import Embedded, Mesh, NodeLoad, Offer, Reply, Result, Tokens, Traced
 from fieldmesh.core.errors import Cancelled, FieldmeshError
 from fieldmesh.core.model import Address, Ask, Chunk
+from fieldmesh.core.tracing import TraceContext
+from fieldmesh.rpc.tracing import metadata_of
 from fieldmesh.v1 import inference_pb2 as pb
-from fieldmesh.v1 import mesh_pb2
+from fieldmesh.v1 import mesh_pb2, trace_pb2
 from fieldmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from fieldmesh.v1.mesh_pb2_grpc import MeshServiceStub
+from fieldmesh.v1.trace_pb2_grpc import TraceServiceStub
 
 
 @dataclass(slots=True)
@@ -149,6 +152,15 @@ class AsyncClient:
         )
         return records.mesh_from_proto(answer)
 
+    async def trace(self, name: str, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> Traced:
+        """What the nodes keep of a trace; ``name`` is its id (8 digits do) or a request's. Raises
+        TraceNotFound."""
+        request = trace_pb2.GetTraceRequest(id=name)
+        answer: trace_pb2.GetTraceResponse = await self._unary(
+            TraceServiceStub, "GetTrace", request, timeout_s
+        )
+        return records.traced_from_proto(answer)
+
     # --- life ------------------------------------------------------------------------
 
     async def close(self) -> None:
@@ -175,7 +187,8 @@ class AsyncClient:
     # --- calls -----------------------------------------------------------------------
 
     def _stream(self, asked: Ask, options: Options) -> AsyncStream:
-        return AsyncStream(self, asked, options.get("timeout_s", self._timeout_s))
+        trace = calls.trace_context(options)
+        return AsyncStream(self, asked, options.get("timeout_s", self._timeout_s), trace)
 
     async def _begin(self, timeout_s: float | None) -> Attempts:
         deadline = calls.deadline(timeout_s, time.monotonic())
@@ -284,9 +297,11 @@ class AsyncStream:
     reads.
     """
 
-    def __init__(self, client: AsyncClient, asked: Ask, timeout_s: float | None) -> None:
+    def __init__(self, client: AsyncClient, asked: Ask, timeout_s: float | None, trace: TraceContext) -> None:
         self.request_id: str = asked.request_id
-        self._reply = Reply()
+        self.trace_id: str = trace.trace_id
+        self._metadata = metadata_of(trace)
+        self._reply = Reply(trace.trace_id)
         self._chunks = self._read(client, asked, timeout_s)
 
     @property
@@ -332,7 +347,7 @@ class AsyncStream:
             error: FieldmeshError = calls.cut_short(address)
             with client._link(address) as link:
                 call = getattr(InferenceServiceStub(link.channel), calls.method(request))(
-                    request, timeout=left_s
+                    request, timeout=left_s, metadata=self._metadata
                 )
                 link.waiting.add(call)
                 client._probe(link)

@@ -36,8 +36,10 @@ from fieldmesh.core.model import (
     Tool,
     Tools,
 )
+from fieldmesh.core.tracing import TraceContext
 from fieldmesh.rpc import inference as codec
 from fieldmesh.rpc.errors import DETAILS_KEY, PUSHBACK_KEY, error_from_status
+from fieldmesh.rpc.tracing import TRACEPARENT, context_from
 from fieldmesh.v1 import inference_pb2
 from fieldmesh.values import address
 
@@ -109,7 +111,8 @@ class Options(TypedDict, total=False):
     The call: ``priority`` (default ``normal``), ``tenant`` (whose it is: a full node serves its tenants in
     equal shares; up to 64 of ``[A-Za-z0-9._:-]``), ``explain`` (the result carries the routing decision),
     ``request_id`` (1 to 64 of ``[A-Za-z0-9._:-]``; default: a random one; a repeat is answered, not done
-    again), ``timeout_s`` (for the whole call, all attempts and the stream included; default: the client's).
+    again), ``traceparent`` (of W3C Trace Context: the span of yours that this call belongs to), ``timeout_s``
+    (for the whole call, all attempts and the stream included; default: the client's).
     """
 
     profile: str
@@ -142,6 +145,7 @@ class Options(TypedDict, total=False):
     tenant: str
     explain: bool
     request_id: str
+    traceparent: str
     timeout_s: float | None
 
 
@@ -248,6 +252,20 @@ def _constraint(given: Mapping[str, Any]) -> Constraint | None:
 def target(options: Mapping[str, Any]) -> Target:
     """Who should answer."""
     return Target(**{name: options.get(name) or "" for name in ("profile", "model", "domain")})
+
+
+def trace_context(options: Options) -> TraceContext:
+    """The trace of one call, over all nodes that are asked for it. Raises InvalidRequest."""
+    given = options.get(TRACEPARENT)
+    if given is None:
+        return TraceContext(trace_id=secrets.token_hex(16), span_id=secrets.token_hex(8))
+    found = context_from([(TRACEPARENT, given)])
+    if found is None:
+        raise InvalidRequest(
+            "traceparent must be as W3C Trace Context has it: 00-, 32 hex digits, -, 16 hex digits, -01",
+            field=TRACEPARENT,
+        )
+    return found
 
 
 def request(asked: Ask) -> inference_pb2.GenerateRequest | inference_pb2.ChatRequest:

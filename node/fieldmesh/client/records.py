@@ -26,9 +26,11 @@ from fieldmesh.core.model import (
     ToolCall,
 )
 from fieldmesh.core.model import Choice as ChoiceEnd
+from fieldmesh.core.timeline import NodeSpans
 from fieldmesh.core.tools import Calls
 from fieldmesh.rpc import inference as codec
-from fieldmesh.v1 import inference_pb2, mesh_pb2
+from fieldmesh.rpc.tracing import spans_from_proto
+from fieldmesh.v1 import inference_pb2, mesh_pb2, trace_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class Result:
     prompt did not have to be computed. ``seed`` repeats the draw. ``explanation`` is there if it was asked
     for. ``choices`` has all completions (one, unless ``n`` asked for more); the fields above are those of the
     first, but for ``completion_tokens`` and, among them, ``reasoning_tokens``: those count the tokens of all.
+    ``trace_id`` is what ``Client.trace`` takes.
     """
 
     text: str
@@ -89,6 +92,7 @@ class Result:
     served_by_id: str
     choices: tuple[Choice, ...] = ()
     explanation: Explanation | None = None
+    trace_id: str = ""
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -170,6 +174,24 @@ class Embedded:
     served_by_id: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentNode:
+    """A node that did not say what it has of a trace, and why not."""
+
+    node_id: str
+    node_name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """What the nodes keep of a trace; ``core.timeline`` makes one tree of it."""
+
+    trace_id: str
+    nodes: tuple[NodeSpans, ...]
+    silent_nodes: tuple[SilentNode, ...]
+
+
 def as_json(record: object) -> Any:
     """``record`` (or several) as plain JSON: enums by value, bytes as text, no finite number as null."""
     return _finite(msgspec.to_builtins(record, builtin_types=(bytes,), enc_hook=str))
@@ -219,7 +241,8 @@ class _Part:
 class Reply:
     """What has arrived of one stream. ``take`` reads a message; ``result`` is set by the last one."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace_id: str = "") -> None:
+        self._trace_id = trace_id
         self._parts: dict[int, _Part] = {0: _Part()}
         self._calls = Calls()
         self.result: Result | None = None
@@ -309,6 +332,7 @@ class Reply:
             served_by_id=core.served_by,
             choices=self._choices(core.completion),
             explanation=core.explanation,
+            trace_id=self._trace_id,
         )
 
 
@@ -323,6 +347,18 @@ def embedded_from_proto(response: inference_pb2.EmbedResponse) -> Embedded:
         model_fingerprint=response.model_fingerprint,
         served_by=response.served_by,
         served_by_id=response.served_by_id,
+    )
+
+
+def traced_from_proto(response: trace_pb2.GetTraceResponse) -> Traced:
+    """A trace."""
+    return Traced(
+        trace_id=response.trace_id,
+        nodes=tuple(spans_from_proto(node) for node in response.nodes),
+        silent_nodes=tuple(
+            SilentNode(node_id=node.node_id, node_name=node.node_name, reason=node.reason)
+            for node in response.silent_nodes
+        ),
     )
 
 

@@ -21,13 +21,16 @@ import grpc
 from fieldmesh.client import calls, records
 from fieldmesh.client.calls import Options, TargetOptions, Turns
 from fieldmesh.client.failover import AddressBook, Attempts, Persistence
-from fieldmesh.client.records import Embedded, Mesh, NodeLoad, Offer, Reply, Result, Tokens
+from fieldmesh.client.records import Embedded, Mesh, NodeLoad, Offer, Reply, Result, Tokens, Traced
 from fieldmesh.core.errors import Cancelled, FieldmeshError
 from fieldmesh.core.model import Address, Ask, Chunk
+from fieldmesh.core.tracing import TraceContext
+from fieldmesh.rpc.tracing import metadata_of
 from fieldmesh.v1 import inference_pb2 as pb
-from fieldmesh.v1 import mesh_pb2
+from fieldmesh.v1 import mesh_pb2, trace_pb2
 from fieldmesh.v1.inference_pb2_grpc import InferenceServiceStub
 from fieldmesh.v1.mesh_pb2_grpc import MeshServiceStub
+from fieldmesh.v1.trace_pb2_grpc import TraceServiceStub
 
 
 @dataclass(slots=True)
@@ -141,6 +144,13 @@ class Client:
         answer: mesh_pb2.ListNodesResponse = self._unary(MeshServiceStub, "ListNodes", request, timeout_s)
         return records.mesh_from_proto(answer)
 
+    def trace(self, name: str, *, timeout_s: float | None = calls.UNARY_TIMEOUT_S) -> Traced:
+        """What the nodes keep of a trace; ``name`` is its id (8 digits do) or a request's. Raises
+        TraceNotFound."""
+        request = trace_pb2.GetTraceRequest(id=name)
+        answer: trace_pb2.GetTraceResponse = self._unary(TraceServiceStub, "GetTrace", request, timeout_s)
+        return records.traced_from_proto(answer)
+
     # --- life ------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -162,7 +172,8 @@ class Client:
     # --- calls -----------------------------------------------------------------------
 
     def _stream(self, asked: Ask, options: Options) -> Stream:
-        return Stream(self, asked, options.get("timeout_s", self._timeout_s))
+        trace = calls.trace_context(options)
+        return Stream(self, asked, options.get("timeout_s", self._timeout_s), trace)
 
     def _begin(self, timeout_s: float | None) -> Attempts:
         deadline = calls.deadline(timeout_s, time.monotonic())
@@ -305,10 +316,12 @@ class Stream:
     mesh stops within a step) by ``close`` or by leaving ``with stream``.
     """
 
-    def __init__(self, client: Client, asked: Ask, timeout_s: float | None) -> None:
+    def __init__(self, client: Client, asked: Ask, timeout_s: float | None, trace: TraceContext) -> None:
         self.request_id: str = asked.request_id
+        self.trace_id: str = trace.trace_id
+        self._metadata = metadata_of(trace)
         self._client = client
-        self._reply = Reply()
+        self._reply = Reply(trace.trace_id)
         self._call: Any = None
         self._closed = threading.Event()
         self._chunks = self._read(asked, timeout_s)
@@ -363,7 +376,7 @@ class Stream:
             error: FieldmeshError = calls.cut_short(address)
             with client._link(address) as link:
                 self._call = getattr(InferenceServiceStub(link.channel), calls.method(request))(
-                    request, timeout=left_s
+                    request, timeout=left_s, metadata=self._metadata
                 )
                 if self._closed.is_set():  # by another thread, before there was a call to cancel
                     self._call.cancel()

@@ -227,6 +227,9 @@ _GIVEN_UP_SILENT = (NodeState.SUSPECT, NodeState.UNREACHABLE, NodeState.DEAD, No
 _GIVEN_UP_STREAMING = (NodeState.UNREACHABLE, NodeState.DEAD)
 
 
+SERVED = "served"
+"""What an attempt that answered has in place of an error's code."""
+
 SETTLE_S = 5.0
 """How long a node that has just started waits for the owners of names that it does not know."""
 
@@ -386,7 +389,7 @@ class Dispatch:
         taken_over = self._taken_over()
         relayed = event.relayed
         if relayed is None:
-            self._record("served")
+            self._record(SERVED)
         else:
             self.attempts.extend(relayed.attempts[: self._config.attempts_max - len(self.attempts)])
         forwarded = candidate.member.id != self._entry.node

@@ -135,6 +135,13 @@ class GenerationNotFound(FieldmeshError):
     status = Status.NOT_FOUND
 
 
+class TraceNotFound(FieldmeshError):
+    """No node that answers keeps this trace."""
+
+    code = "TRACE_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
 # --- capacity and loss -------------------------------------------------------------------
 
 

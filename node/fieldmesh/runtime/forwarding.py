@@ -21,9 +21,11 @@ from fieldmesh.core.model import (
     Result,
 )
 from fieldmesh.core.routing import Candidate
+from fieldmesh.core.tracing import TraceContext
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc.errors import error_from_call
+from fieldmesh.rpc.tracing import metadata_of
 from fieldmesh.runtime import log
 from fieldmesh.runtime.links import Lane, PeerBytes
 from fieldmesh.v1 import inference_pb2, peer_pb2, peer_pb2_grpc
@@ -54,6 +56,7 @@ class Forwarder:
         path: tuple[NodeId, ...],
         hops_left: int,
         deadline_s: float,
+        trace: TraceContext,
         resumption: Resumption | None = None,
     ) -> AsyncGenerator[Started | Chunk | Completion | Result, None]:
         """Run ``ask`` at the candidate. Closing the generator cancels the run there.
@@ -74,7 +77,9 @@ class Forwarder:
             request.chat.CopyFrom(wire.chat_from_ask(ask))
         else:
             request.generate.CopyFrom(wire.generate_from_ask(ask))
-        call = self._stub(candidate.member).Forward(request, timeout=max(0.001, deadline_s - HOP_BUDGET_S))
+        call = self._stub(candidate.member).Forward(
+            request, timeout=max(0.001, deadline_s - HOP_BUDGET_S), metadata=metadata_of(trace)
+        )
         peer = candidate.member.id, Lane.TOKENS.value
         self._bytes.sent.add(peer, request.ByteSize())
         try:

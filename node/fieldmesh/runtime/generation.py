@@ -15,6 +15,7 @@ from random import Random
 from typing import assert_never
 
 from fieldmesh.core.dispatch import (
+    SERVED,
     Arrived,
     Cancel,
     Deliver,
@@ -43,14 +44,17 @@ from fieldmesh.core.errors import (
 )
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, RequestId, Result
 from fieldmesh.core.routing import Candidate, Decision
+from fieldmesh.core.tracing import Span, SpanKind, Trace
 from fieldmesh.engine.port import Started
 from fieldmesh.runtime import log
 from fieldmesh.runtime.router import Router, need_of
+from fieldmesh.runtime.tracing import answered, asked, begin_attempt, decided, operation_of
 
 AttemptEvent = Started | Chunk | Completion | Result
 """What an attempt yields: a Result where another node ran it, a Completion where our engine did."""
 
-RunAttempt = Callable[["Generation", Start], AsyncIterator[AttemptEvent]]
+RunAttempt = Callable[["Generation", Start, Trace], AsyncIterator[AttemptEvent]]
+"""What runs one attempt; the trace is for what belongs to it."""
 
 SEED_BITS = 32
 
@@ -88,6 +92,7 @@ class Generation:
         hops_left: int,
         rng: Random,
         on_end: Callable[[Generation], None],
+        trace: Trace,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         # What a change of the mesh starts later still belongs to this request: its log lines say so.
@@ -101,6 +106,12 @@ class Generation:
         self.ended_at = 0.0
         self.candidate: Candidate | None = None
         self.attempts = 0
+        self.trace_id = trace.context.trace_id
+        self._root = trace.begin(operation_of(ask), now, asked(ask), SpanKind.SERVER)
+        self._trace = trace.under(self._root)
+        self._entry = entry
+        self._hops: dict[tuple[int, NodeId], Span | None] = {}
+        self._pause: Span | None = None
         self._need = need_of(ask, path=path, hops_left=hops_left)
         self._router = router
         self._on_end = on_end
@@ -202,7 +213,18 @@ class Generation:
 
     def _route(self, failed: frozenset[NodeId], full: frozenset[NodeId]) -> Decision:
         need = replace(self._need, failed=failed, full=full)
-        return self._router.choose(need, explain=self.ask.explain)
+        began = self._loop.time()
+        self._end_hops(began)
+        try:
+            decision = self._router.choose(need, explain=self.ask.explain)
+        except FieldmeshError as error:
+            if self._pause is None:  # while it waits, this is found again and again
+                self._trace.add("route", began, self._loop.time(), error=error.code)
+            raise
+        self._trace.end(self._pause, began)
+        self._pause = None
+        self._trace.add("route", began, self._loop.time(), decided(decision))
+        return decision
 
     def _handle(self, event: DispatchEvent) -> None:
         self._perform(self._dispatch.handle(event, self._loop.time()))
@@ -214,8 +236,9 @@ class Generation:
                     self.candidate = effect.candidate
                     self.attempts += 1
                     self._router.begin(self.generation_id, effect.candidate, self._need)
+                    hop = self._trace.under(self._begin_hop(effect))
                     self._tasks[effect.epoch] = asyncio.create_task(
-                        self._follow(effect), context=self._context
+                        self._follow(effect, hop), context=self._context
                     )
                     self._log_start(effect)
                 case Cancel():
@@ -228,15 +251,42 @@ class Generation:
                     self._end(effect.error)
                 case _:
                     assert_never(effect)
+        self._end_hops(self._loop.time())
+        if self._dispatch.phase is Phase.WAITING and self._pause is None:
+            self._pause = self._trace.begin("wait", self._loop.time())
         if effects:
             self._changed.set()
         self._set_timer()
 
     def _end(self, outcome: Result | FieldmeshError) -> None:
         self.outcome = outcome
-        self.ended_at = self._loop.time()
+        self.ended_at = now = self._loop.time()
         self._router.end(self.generation_id)
         self._on_end(self)
+        self._end_hops(now)
+        for hop in self._hops.values():  # passed on further: the other node told the attempts
+            self._trace.end(hop, now, error="" if isinstance(outcome, Result) else outcome.code)
+        self._hops.clear()
+        if isinstance(outcome, Result):
+            self._trace.end(self._root, now, answered(outcome))
+        else:
+            self._trace.end(self._pause, now, error=outcome.code)
+            self._trace.end(self._root, now, error=outcome.code)
+            if self._root is not None:
+                outcome.metadata.setdefault("trace_id", self.trace_id)
+
+    def _begin_hop(self, start: Start) -> Span | None:
+        hop = begin_attempt(self._trace, start, self.attempts, self._entry.node, self._loop.time())
+        self._hops[start.epoch, start.candidate.member.id] = hop
+        if self._root is not None:
+            self._root.name = f"{operation_of(self.ask)} {start.candidate.offer.model}"
+        return hop
+
+    def _end_hops(self, now: float) -> None:
+        """Attempts that dispatch has on record have ended."""
+        for attempt in self._dispatch.attempts if self._hops else ():
+            hop = self._hops.pop((attempt.epoch, attempt.node), None)
+            self._trace.end(hop, now, error="" if attempt.reason in (SERVED, "moved") else attempt.reason)
 
     def _set_timer(self) -> None:
         due = self._dispatch.deadline
@@ -250,11 +300,11 @@ class Generation:
         self._timer = None
         self._handle(Wake())
 
-    async def _follow(self, start: Start) -> None:
+    async def _follow(self, start: Start, trace: Trace) -> None:
         """Feed what one attempt yields into dispatch."""
         epoch = start.epoch
         try:
-            async with aclosing(self._run_attempt(self, start)) as events:  # type: ignore[type-var]
+            async with aclosing(self._run_attempt(self, start, trace)) as events:  # type: ignore[type-var]
                 async for event in events:
                     match event:
                         case Started():

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from fieldmesh.core.model import Chunk, RequestId, Result
 from fieldmesh.rpc.openai import Wanted
-from fieldmesh.runtime.http_door import Exchange
+from fieldmesh.rpc.tracing import context_from
+from fieldmesh.runtime.http_door import TRACE_HEADER, Exchange
 from fieldmesh.runtime.service import Service
 
 
@@ -45,7 +46,8 @@ async def answer(
     service: Service, exchange: Exchange, wanted: Wanted, telling: Callable[[str], Telling]
 ) -> None:
     """Answer one request; ``telling`` is given the name of the model that does. Raises FieldmeshError."""
-    async with aclosing(service.ask(wanted.ask)) as items:
+    trace = context_from(exchange.headers.items())
+    async with aclosing(service.ask(wanted.ask, trace=trace)) as items:
         first = await anext(items)
         headers, model = _served_by(service, wanted.ask.request_id, first)
         told = telling(model)
@@ -76,10 +78,13 @@ def served_by(node: str, profile: str, attempts: int) -> list[tuple[str, str]]:
 def _served_by(
     service: Service, request_id: RequestId, first: Chunk | Result
 ) -> tuple[list[tuple[str, str]], str]:
+    trace = [(TRACE_HEADER, trace_id)] if (trace_id := service.trace_id(request_id)) else []
     if isinstance(first, Result):
-        return served_by(first.served_by_name, first.profile, len(first.attempts)), first.model
+        told = served_by(first.served_by_name, first.profile, len(first.attempts))
+        return [*told, *trace], first.model
     candidate, attempts = service.candidate(request_id)
-    return served_by(candidate.member.name, candidate.offer.name, attempts), candidate.offer.model
+    told = served_by(candidate.member.name, candidate.offer.name, attempts)
+    return [*told, *trace], candidate.offer.model
 
 
 async def _and_rest(

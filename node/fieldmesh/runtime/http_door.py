@@ -33,7 +33,11 @@ from fieldmesh.runtime.door import OK, Calls, new_request_id
 BODY_TIMEOUT_S = 60.0
 """How long a body may take to arrive."""
 
-TOLD_HEADERS = ("x-request-id", "x-fieldmesh-served-by", "x-fieldmesh-profile", "x-fieldmesh-attempts")
+TRACE_HEADER = "x-fieldmesh-trace"
+TOLD_HEADERS = (
+    *("x-request-id", "x-fieldmesh-served-by", "x-fieldmesh-profile", "x-fieldmesh-attempts"),
+    TRACE_HEADER,
+)
 JSON = "application/json"
 _ECHOED_CHARS_MAX = 40
 _OUT_OF_PUBLIC_DNS = (".localhost", ".local", ".internal", ".home.arpa", ".lan")
@@ -203,6 +207,8 @@ class Endpoint:
             await exchange.end((exchange.failing or self._event)(error))
             return
         headers = []
+        if trace_id := error.metadata.get("trace_id"):
+            headers.append((TRACE_HEADER, trace_id))
         if error.retry_after_s is not None:
             # Whole seconds is what HTTP knows; OpenAI's own clients look for the finer one first.
             headers.append(("retry-after", str(math.ceil(error.retry_after_s))))

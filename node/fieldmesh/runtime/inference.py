@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 from fieldmesh.core.model import Ask, Chunk, EngineState, Member, NodeState, Result
 from fieldmesh.rpc import inference as wire
+from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Context, guarded, guarded_stream
 from fieldmesh.runtime.service import Service
 from fieldmesh.v1 import inference_pb2 as pb
@@ -47,7 +48,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
                     yield pb.ChatResponse(complete=wire.result_to_proto(item))
 
     def _answer(self, ask: Ask, context: Context) -> AsyncGenerator[Chunk | Result, None]:
-        return self._service.ask(ask, deadline_s=context.time_remaining())
+        trace = context_from(context.invocation_metadata())
+        return self._service.ask(ask, deadline_s=context.time_remaining(), trace=trace)
 
     @guarded
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:

@@ -16,10 +16,12 @@ from typing import assert_never
 from fieldmesh.core.dispatch import Resumption
 from fieldmesh.core.model import Ask, Chunk, Completion, Embeddings, FinishReason, Prompt, RequestId, Usage
 from fieldmesh.core.tools import merged
+from fieldmesh.core.tracing import Trace
 from fieldmesh.engine.port import Job, JobEvent, Started
 from fieldmesh.runtime.choices import choice_samplings, together
 from fieldmesh.runtime.models import Models
 from fieldmesh.runtime.moving import Moving, job_id
+from fieldmesh.runtime.tracing import EngineSteps
 
 FLUSH_TOKENS = 8
 FLUSH_INTERVAL_S = 0.025
@@ -41,6 +43,7 @@ class LocalRuns:
         generation_id: str,
         epoch: int,
         deadline_s: float | None,
+        trace: Trace,
         resumption: Resumption | None = None,
     ) -> AsyncGenerator[JobEvent, None]:
         """One Started, chunks, one Completion. Closing the generator stops the engine within a step. With a
@@ -53,6 +56,7 @@ class LocalRuns:
         sampling = ask.sampling.over(self.models.find(profile).profile.sampling)
         aborted: asyncio.Future[None] = loop.create_future()
         self._aborts[ask.request_id] = aborted
+        steps, failure = EngineSteps(trace, loop.time()), None
         try:
             async with self.models.using(profile) as engine:
                 if resumption is not None and resumption.node:
@@ -70,11 +74,17 @@ class LocalRuns:
                     )
                     for index, choice in enumerate(choice_samplings(sampling))
                 ]
+                steps.submitted()
                 runs = [paced(engine.submit(job), aborted) for job in jobs]
                 async with aclosing(runs[0] if len(runs) == 1 else together(runs)) as events:
                     async for event in events:
+                        steps.saw(event)
                         yield event
+        except BaseException as error:
+            failure = error
+            raise
         finally:
+            steps.ended(failure)
             if self._aborts.get(ask.request_id) is aborted:
                 del self._aborts[ask.request_id]
 

@@ -28,7 +28,7 @@ from fieldmesh.client.discovery import Announcement
 from fieldmesh.config import LimitsSlice, NodeConfig
 from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
 from fieldmesh.core.effective import Rules
-from fieldmesh.core.errors import AddressInUse
+from fieldmesh.core.errors import AddressInUse, ConfigError
 from fieldmesh.core.joining import HintSource
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
 from fieldmesh.core.model import (
@@ -41,6 +41,7 @@ from fieldmesh.core.model import (
 )
 from fieldmesh.core.peers import MembershipConfig
 from fieldmesh.core.routing import Policy
+from fieldmesh.core.tracing import Ended
 from fieldmesh.core.tuning import MIXED_PREFILL_TOKENS_MIN
 from fieldmesh.engine.adapters import check_adapters
 from fieldmesh.engine.cores import cpu_budget
@@ -75,6 +76,8 @@ from fieldmesh.runtime.peers import Peers
 from fieldmesh.runtime.router import Router
 from fieldmesh.runtime.service import Service, ServiceConfig
 from fieldmesh.runtime.state import StateFolder
+from fieldmesh.runtime.traces import TRACES, Traces
+from fieldmesh.runtime.tracing import Tracer
 
 CLIENT_CONNECTIONS_MAX = 4096
 SERVER_STOP_GRACE_S = 1.0
@@ -165,7 +168,7 @@ class Node:
         )
         links = self._driver.links
         self._moving = Moving(self.models, lambda: self._driver.view, links.bulk, links.bytes)
-        self._service = self._make_service()
+        self._service = self._make_service(await self._exporting(stack))
         self._health = Health(lambda: {name: self.models.able(name) for name in self.models.hosted})
         client_server = self._client_server()
         peer_server = self._peer_server(links_config)
@@ -249,7 +252,27 @@ class Node:
             snapshot=folder.read(SNAPSHOT_KEY),
         )
 
-    def _make_service(self) -> Service:
+    async def _exporting(self, stack: AsyncExitStack) -> Ended | None:
+        """What is told of spans, where the operator wants them sent somewhere. Raises ConfigError."""
+        config = self.config
+        if not config.trace.otlp_endpoint:
+            return None
+        try:
+            from fieldmesh.runtime import otlp
+        except ImportError as error:
+            raise ConfigError(
+                f"trace.otlp_endpoint is {config.trace.otlp_endpoint}, but what sends traces is not "
+                f"installed ({error}): pip install 'fieldmesh[node,otel]', or make otel in a checkout.",
+                field="trace.otlp_endpoint",
+            ) from error
+        about = {
+            "service.instance.id": self.key.id,
+            "fieldmesh.node": config.node.name,
+            "fieldmesh.mesh": config.node.mesh,
+        }
+        return await stack.enter_async_context(otlp.exporting(config.trace.otlp_endpoint, about))
+
+    def _make_service(self, span_ended: Ended | None) -> Service:
         config = self.config
         router = Router(self.view, rules=self._agreement.rules, rng=self._rng)
         return Service(
@@ -262,6 +285,7 @@ class Node:
             router=router,
             local=LocalRuns(self.models, self._moving),
             forwarder=Forwarder(self._driver.links.tokens, self._driver.links.bytes),
+            tracer=Tracer(self._rng, span_ended),
             rules=self._agreement.rules,
             config=service_config(config),
             rng=self._rng,
@@ -286,6 +310,7 @@ class Node:
                 handlers(inference.INFERENCE, inference.Inference(self._service, self._limits), self._calls),
                 handlers(inference.MESH, mesh, self._calls),
                 handlers(MODELS, Keeper(self.models), self._calls),
+                handlers(TRACES, self._traces(), self._calls),
                 self._agreement.for_clients(self._calls),
             )
         )
@@ -295,10 +320,16 @@ class Node:
             inference.MESH.full_name,
             ADMIN.full_name,
             MODELS.full_name,
+            TRACES.full_name,
             health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
         )
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         return server
+
+    def _traces(self) -> Traces:
+        return Traces(
+            self._service.tracer, self._service.entry, lambda: self._driver.view, self._driver.links.tokens
+        )
 
     def _limits(self) -> RequestLimits:
         return request_limits(self.config.limits, self._agreement.rules)
@@ -310,6 +341,7 @@ class Node:
             (
                 self._driver.receiver.handler(),
                 peers.handler(self._calls),
+                handlers(TRACES, self._traces(), self._calls),
                 *self._agreement.for_peers(),
             )
         )

@@ -14,13 +14,16 @@ import grpc
 from fieldmesh.core.dispatch import Resumption
 from fieldmesh.core.errors import HopLimit, InvalidRequest, ProfileNotFound
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
+from fieldmesh.core.tracing import SpanKind, TraceContext
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
+from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Calls, Context, guarded, guarded_stream, handlers
 from fieldmesh.runtime.gate import caller_of
 from fieldmesh.runtime.links import Lane, PeerBytes
 from fieldmesh.runtime.moving import Moving
 from fieldmesh.runtime.service import Service
+from fieldmesh.runtime.tracing import asked, code_of, finished, operation_of
 from fieldmesh.v1 import inference_pb2, peer_pb2
 
 PATH_NODES_MAX = 16
@@ -52,10 +55,11 @@ class Peers:
         ask = self._ask(request)
         path = tuple(NodeId(node) for node in request.path)
         deadline_s = context.time_remaining()
+        trace = context_from(context.invocation_metadata())
         if request.profile in self._service.local.models.hosted:
-            responses = self._run_here(request, ask, deadline_s)
+            responses = self._run_here(request, ask, deadline_s, trace)
         elif request.hops_left > 0 and not request.delivered_token_ids:
-            responses = self._pass_on(request, ask, path, deadline_s)
+            responses = self._pass_on(request, ask, path, deadline_s, trace)
         else:
             raise ProfileNotFound(
                 f"This node does not serve profile {request.profile!r} (any more) and may not pass it on",
@@ -70,11 +74,19 @@ class Peers:
                 yield response
 
     async def _run_here(
-        self, request: peer_pb2.ForwardRequest, ask: Ask, deadline_s: float | None
+        self,
+        request: peer_pb2.ForwardRequest,
+        ask: Ask,
+        deadline_s: float | None,
+        context: TraceContext | None,
     ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
         local, entry = self._service.local, self._service.entry
         clock, first_token_at = get_running_loop().time, 0.0
         began = clock()
+        trace, model = self._service.tracer.open(context, ask.request_id), local.models.find(request.profile)
+        name = f"{operation_of(ask)} {model.settings.model_name}"
+        span = trace.begin(name, began, asked(ask) | {"fieldmesh.profile": request.profile}, SpanKind.SERVER)
+        error = ""
         events = local.run(
             ask,
             profile=request.profile,
@@ -82,6 +94,7 @@ class Peers:
             epoch=request.epoch,
             deadline_s=deadline_s,
             resumption=_resumption(request, ask),
+            trace=trace.under(span),
         )
         try:
             async for event in events:
@@ -95,6 +108,7 @@ class Peers:
                     case Completion():
                         ttft_s = first_token_at - began if first_token_at else 0.0
                         self._service.latencies.observe("for_peer", ttft_s, clock() - began)
+                        trace.end(span, clock(), finished(event))
                         complete = inference_pb2.Complete(
                             request_id=ask.request_id,
                             generation_id=request.generation_id,
@@ -104,13 +118,24 @@ class Peers:
                         )
                         wire.fill_completion(complete, event)
                         yield peer_pb2.ForwardResponse(complete=complete)
+        except BaseException as failure:
+            error = code_of(failure)
+            raise
         finally:
             await events.aclose()
+            trace.end(span, clock(), error=error)
 
     async def _pass_on(
-        self, request: peer_pb2.ForwardRequest, ask: Ask, path: tuple[NodeId, ...], deadline_s: float | None
+        self,
+        request: peer_pb2.ForwardRequest,
+        ask: Ask,
+        path: tuple[NodeId, ...],
+        deadline_s: float | None,
+        trace: TraceContext | None,
     ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
-        items = self._service.ask(ask, deadline_s=deadline_s, path=path, hops_left=request.hops_left)
+        items = self._service.ask(
+            ask, deadline_s=deadline_s, path=path, hops_left=request.hops_left, trace=trace
+        )
         try:
             async for item in items:
                 if isinstance(item, Chunk):

@@ -32,10 +32,12 @@ from fieldmesh.core.model import (
 from fieldmesh.core.quota import Quotas
 from fieldmesh.core.routing import Candidate, Need
 from fieldmesh.core.tally import Histogram
+from fieldmesh.core.tracing import Trace, TraceContext
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.router import Router, need_of
+from fieldmesh.runtime.tracing import Tracer
 
 ABORT_TIMEOUT_S = 2.0
 EMBED_TIMEOUT_S = 600.0
@@ -80,6 +82,7 @@ class Service:
         router: Router,
         local: LocalRuns,
         forwarder: Forwarder,
+        tracer: Tracer,
         rules: Rules,
         config: ServiceConfig,
         rng: Random,
@@ -87,6 +90,7 @@ class Service:
         self.entry = entry
         self.local = local
         self.router = router
+        self.tracer = tracer
         self.latencies = Latencies()
         self._view = view
         self._forwarder = forwarder
@@ -127,6 +131,11 @@ class Service:
             raise Internal(f"request {request_id} was never with anybody")
         return found.candidate, found.attempts
 
+    def trace_id(self, request_id: RequestId) -> str:
+        """The trace of a request that entered here; empty where it is not known any more."""
+        found = self._generations.get(request_id)
+        return "" if found is None else found.trace_id
+
     async def ask(
         self,
         ask: Ask,
@@ -134,10 +143,12 @@ class Service:
         deadline_s: float | None = None,
         path: tuple[NodeId, ...] = (),
         hops_left: int | None = None,
+        trace: TraceContext | None = None,
     ) -> AsyncGenerator[Chunk | Result, None]:
         """Answer a request: chunks, then one Result. Closing the generator cancels it within a step.
 
-        ``path`` and ``hops_left`` are set where another node passed the request on. Raises FieldmeshError.
+        ``trace`` is the one that it came with, ``path`` and ``hops_left`` are set where another node passed
+        the request on. Raises FieldmeshError.
         """
         if self._streams >= self._rules.streams_max:
             raise TooManyStreams(
@@ -152,7 +163,7 @@ class Service:
                 await self.router.settled(need_of(ask))
                 generation = self._generations.find(ask)  # a repeat may have come while we waited
             if generation is None:
-                generation = self._open(ask, deadline_s, path, hops)
+                generation = self._open(ask, deadline_s, path, hops, trace)
             async with aclosing(generation.read()) as items:
                 async for item in items:
                     yield item
@@ -160,7 +171,12 @@ class Service:
             self._streams -= 1
 
     def _open(
-        self, ask: Ask, deadline_s: float | None, path: tuple[NodeId, ...], hops_left: int
+        self,
+        ask: Ask,
+        deadline_s: float | None,
+        path: tuple[NodeId, ...],
+        hops_left: int,
+        trace: TraceContext | None,
     ) -> Generation:
         if self._draining:
             raise Draining("This node is leaving; ask another one", retry_after_s=0.0)
@@ -179,6 +195,7 @@ class Service:
             hops_left=hops_left,
             rng=self._rng,
             on_end=self._ended,
+            trace=self.tracer.open(trace, ask.request_id),
         )
         self._generations.add(generation, asyncio.get_running_loop().time())
         generation.begin()
@@ -197,7 +214,7 @@ class Service:
             route = "local" if result.served_by == self.entry.node else "forwarded"
             self.latencies.observe(route, result.ttft_s, result.duration_s)
 
-    def _run_attempt(self, generation: Generation, start: Start) -> AsyncIterator[AttemptEvent]:
+    def _run_attempt(self, generation: Generation, start: Start, trace: Trace) -> AsyncIterator[AttemptEvent]:
         candidate = start.candidate
         if candidate.member.id == self.entry.node:
             return self.local.run(
@@ -207,6 +224,7 @@ class Service:
                 epoch=start.epoch,
                 deadline_s=generation.deadline_left_s(),
                 resumption=start.resumption,
+                trace=trace,
             )
         return self._forwarder.run(
             generation.asked,
@@ -217,6 +235,7 @@ class Service:
             hops_left=generation.hops_left - 1,
             deadline_s=generation.deadline_left_s(),
             resumption=start.resumption,
+            trace=trace.context,
         )
 
     def view_changed(self, view: MeshView) -> None:
