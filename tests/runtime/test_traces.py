@@ -257,6 +257,26 @@ async def test_a_caller_without_our_client_brings_its_trace_as_metadata(mesh: Si
     assert {node.node_name for node in traced.nodes} == {"general", "code"}
 
 
+async def test_texts_that_become_vectors_at_a_peer_are_one_trace_too(mesh: Site) -> None:
+    request = pb.EmbedRequest(inputs=["hello"], target=pb.Target(profile="code"))
+    async with grpc.aio.insecure_channel(str(mesh.nodes["general"].client_address)) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        assert (await stub.Embed(request, metadata=(("traceparent", PARENT),))).served_by == "code"
+        mesh.engines["code"].lose()
+        with suppress(grpc.aio.AioRpcError):
+            await stub.Embed(request, metadata=(("traceparent", PARENT),), timeout=5)
+    async with mesh.client("general") as client:
+        traced = await ended(client, TRACE)
+    rows = timeline(traced.nodes).rows
+    assert steps(timeline(traced.nodes))[:3] == [
+        "general: embeddings",
+        "  general: forward code",
+        "    code: embeddings tiny",
+    ]
+    assert [row.span.error for row in rows[:3]] == ["", "", ""]
+    assert rows[3].span.error != ""
+
+
 async def test_nothing_that_was_asked_or_answered_is_in_a_trace(mesh: Site) -> None:
     async with mesh.client("general") as client:
         stream = client.chat("the patient's secret", profile="code", max_tokens=8, stop=["confidential"])

@@ -126,14 +126,16 @@ class Forwarder:
             raise _translated(error, candidate.member) from None
         return tuple(response.token_ids), response.model
 
-    async def embed(self, candidate: Candidate, texts: tuple[str, ...], *, deadline_s: float) -> Embeddings:
+    async def embed(
+        self, candidate: Candidate, texts: tuple[str, ...], *, deadline_s: float, trace: TraceContext
+    ) -> Embeddings:
         """Vectors of texts by the candidate's model."""
         request = peer_pb2.EmbedForwardedRequest(
             profile=candidate.offer.name, request=inference_pb2.EmbedRequest(inputs=texts)
         )
         try:
             response = await self._stub(candidate.member).EmbedForwarded(
-                request, timeout=max(0.001, deadline_s - HOP_BUDGET_S)
+                request, timeout=max(0.001, deadline_s - HOP_BUDGET_S), metadata=metadata_of(trace)
             )
         except grpc.aio.AioRpcError as error:
             raise _translated(error, candidate.member) from None

@@ -48,7 +48,7 @@ from fieldmesh.core.tracing import Span, SpanKind, Trace
 from fieldmesh.engine.port import Started
 from fieldmesh.runtime import log
 from fieldmesh.runtime.router import Router, need_of
-from fieldmesh.runtime.tracing import answered, asked, begin_attempt, decided, operation_of
+from fieldmesh.runtime.tracing import answered, asked, attempt_of, decided, operation_of
 
 AttemptEvent = Started | Chunk | Completion | Result
 """What an attempt yields: a Result where another node ran it, a Completion where our engine did."""
@@ -276,7 +276,8 @@ class Generation:
                 outcome.metadata.setdefault("trace_id", self.trace_id)
 
     def _begin_hop(self, start: Start) -> Span | None:
-        hop = begin_attempt(self._trace, start, self.attempts, self._entry.node, self._loop.time())
+        name, about, kind = attempt_of(start.candidate, self.attempts, self._entry.node)
+        hop = self._trace.begin(name, self._loop.time(), about, kind)
         self._hops[start.epoch, start.candidate.member.id] = hop
         if self._root is not None:
             self._root.name = f"{operation_of(self.ask)} {start.candidate.offer.model}"

@@ -20,6 +20,7 @@ from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import ollama, openai
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.rpc.openai_answers import encode
+from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Calls
 from fieldmesh.runtime.http_answers import answer, served_by
 from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
@@ -94,19 +95,23 @@ class Ollama:
 
     async def _embed(self, exchange: Exchange) -> None:
         began = time.monotonic()
-        made, by = await self._vectors(ollama.embed_request(exchange.body, self._resolve))
+        made, by = await self._vectors(exchange, ollama.embed_request(exchange.body, self._resolve))
         body = ollama.embeddings_document(made, by.offer.model, time.monotonic() - began)
         await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
 
     async def _embed_one(self, exchange: Exchange) -> None:
         """What ``/api/embed`` has replaced, and older clients still ask."""
-        made, by = await self._vectors(ollama.embed_one_request(exchange.body, self._resolve))
+        made, by = await self._vectors(exchange, ollama.embed_one_request(exchange.body, self._resolve))
         body = encode({"embedding": made.vectors[0]})
         await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
 
-    async def _vectors(self, request: inference_pb2.EmbedRequest) -> tuple[Embeddings, Candidate]:
+    async def _vectors(
+        self, exchange: Exchange, request: inference_pb2.EmbedRequest
+    ) -> tuple[Embeddings, Candidate]:
         texts = wire.texts_from_embed(request, self._limits())
-        return await self._service.embed(texts, wire.target_from_proto(request.target), deadline_s=None)
+        target = wire.target_from_proto(request.target)
+        trace = context_from(exchange.headers.items())
+        return await self._service.embed(texts, target, deadline_s=None, trace=trace)
 
     async def _list(self, exchange: Exchange) -> None:
         await self._reply_with(exchange, ollama.offers_by_name(self._service.view))

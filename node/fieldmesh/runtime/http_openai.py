@@ -18,6 +18,7 @@ from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import openai
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.rpc.openai_answers import Answer, embeddings_document, encode, error_document, error_event
+from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Calls
 from fieldmesh.runtime.http_answers import answer, served_by
 from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
@@ -93,7 +94,8 @@ class OpenAi:
         wanted = openai.embed_wanted(exchange.body, self._resolve)
         texts = wire.texts_from_embed(wanted.request, self._limits())
         target = wire.target_from_proto(wanted.request.target)
-        made, by = await self._service.embed(texts, target, deadline_s=None)
+        trace = context_from(exchange.headers.items())
+        made, by = await self._service.embed(texts, target, deadline_s=None, trace=trace)
         body = embeddings_document(made, by.offer.model, base64=wanted.base64)
         await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
 

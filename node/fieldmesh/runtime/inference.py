@@ -62,7 +62,8 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         texts = wire.texts_from_embed(request, self._limits())
         target = wire.target_from_proto(request.target)
-        made, by = await self._service.embed(texts, target, deadline_s=context.time_remaining())
+        trace = context_from(context.invocation_metadata())
+        made, by = await self._service.embed(texts, target, deadline_s=context.time_remaining(), trace=trace)
         return pb.EmbedResponse(
             embeddings=wire.embeddings_to_proto(made),
             prompt_tokens=made.prompt_tokens,

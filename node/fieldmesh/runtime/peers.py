@@ -23,7 +23,7 @@ from fieldmesh.runtime.gate import caller_of
 from fieldmesh.runtime.links import Lane, PeerBytes
 from fieldmesh.runtime.moving import Moving
 from fieldmesh.runtime.service import Service
-from fieldmesh.runtime.tracing import asked, code_of, finished, operation_of
+from fieldmesh.runtime.tracing import asked, code_of, embedding, finished, operation_of, stepping
 from fieldmesh.v1 import inference_pb2, peer_pb2
 
 PATH_NODES_MAX = 16
@@ -180,7 +180,10 @@ class Peers:
         self, request: peer_pb2.EmbedForwardedRequest, context: Context
     ) -> peer_pb2.EmbedForwardedResponse:
         texts = wire.texts_from_embed(request.request, self._limits())
-        made = await self._service.local.embed(request.profile, texts, context.time_remaining())
+        local, trace = self._service.local, context_from(context.invocation_metadata())
+        step = embedding(local.models.find(request.profile).settings.model_name)
+        with stepping(self._service.tracer.open(trace, ""), *step):
+            made = await local.embed(request.profile, texts, context.time_remaining())
         return peer_pb2.EmbedForwardedResponse(
             embeddings=wire.embeddings_to_proto(made), prompt_tokens=made.prompt_tokens
         )

@@ -37,7 +37,7 @@ from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.local import LocalRuns
 from fieldmesh.runtime.router import Router, need_of
-from fieldmesh.runtime.tracing import Tracer
+from fieldmesh.runtime.tracing import Tracer, attempt_of, embedding, stepping
 
 ABORT_TIMEOUT_S = 2.0
 EMBED_TIMEOUT_S = 600.0
@@ -277,12 +277,23 @@ class Service:
         return await self._forwarder.tokenize(candidate, prompt)
 
     async def embed(
-        self, texts: tuple[str, ...], target: Target, *, deadline_s: float | None
+        self,
+        texts: tuple[str, ...],
+        target: Target,
+        *,
+        deadline_s: float | None,
+        trace: TraceContext | None = None,
     ) -> tuple[Embeddings, Candidate]:
         """Vectors of texts, and who made them. Another node is asked where one is lost or full; raises the
         last one's error, or what routing raises."""
         if self._draining:
             raise Draining("This node is leaving; ask another one", retry_after_s=0.0)
+        with stepping(self.tracer.open(trace, ""), *embedding(target.model)) as traced:
+            return await self._embed(texts, target, deadline_s, traced)
+
+    async def _embed(
+        self, texts: tuple[str, ...], target: Target, deadline_s: float | None, trace: Trace
+    ) -> tuple[Embeddings, Candidate]:
         loop = asyncio.get_running_loop()
         until = loop.time() + (EMBED_TIMEOUT_S if deadline_s is None else deadline_s)
         need = Need(profile=target.profile, model=target.model, domain=target.domain, hops_left=1)
@@ -295,9 +306,11 @@ class Service:
                 raise last or error from None
             left_s = max(0.0, until - loop.time())
             try:
-                if candidate.member.id == self.entry.node:
-                    return await self.local.embed(candidate.offer.name, texts, left_s), candidate
-                return await self._forwarder.embed(candidate, texts, deadline_s=left_s), candidate
+                with stepping(trace, *attempt_of(candidate, len(failed) + 1, self.entry.node)) as hop:
+                    if candidate.member.id == self.entry.node:
+                        return await self.local.embed(candidate.offer.name, texts, left_s), candidate
+                    made = await self._forwarder.embed(candidate, texts, deadline_s=left_s, trace=hop.context)
+                    return made, candidate
             except MOVES_ON as error:
                 failed, last = failed | {candidate.member.id}, error
 

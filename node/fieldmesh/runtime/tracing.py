@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 
-from fieldmesh.core.dispatch import Start
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, Result, Usage
-from fieldmesh.core.routing import Decision
+from fieldmesh.core.routing import Candidate, Decision
 from fieldmesh.core.tracing import (
     Attributes,
     Ended,
@@ -102,9 +103,9 @@ def decided(decision: Decision) -> Attributes:
     }
 
 
-def begin_attempt(trace: Trace, start: Start, number: int, here: NodeId, now: float) -> Span | None:
-    """One try at a request begins: here, or by forwarding it."""
-    member, offer = start.candidate.member, start.candidate.offer
+def attempt_of(candidate: Candidate, number: int, here: NodeId) -> tuple[str, Attributes, SpanKind]:
+    """One try at a request, here or by forwarding it: name, attributes, kind."""
+    member, offer = candidate.member, candidate.offer
     about: Attributes = {
         "gen_ai.request.model": offer.model,
         "fieldmesh.profile": offer.name,
@@ -112,9 +113,31 @@ def begin_attempt(trace: Trace, start: Start, number: int, here: NodeId, now: fl
         "fieldmesh.attempt": number,
     }
     if member.id == here:
-        return trace.begin("attempt", now, about)
+        return "attempt", about, SpanKind.INTERNAL
     about["server.address"], about["server.port"] = member.address.host, member.address.port
-    return trace.begin(f"forward {member.name}", now, about, SpanKind.CLIENT)
+    return f"forward {member.name}", about, SpanKind.CLIENT
+
+
+def embedding(model: str = "") -> tuple[str, Attributes, SpanKind]:
+    """Texts that become vectors: name, attributes, kind."""
+    about: Attributes = {"gen_ai.operation.name": "embeddings", "gen_ai.provider.name": PROVIDER}
+    if model:
+        about["gen_ai.request.model"] = model
+    return f"embeddings {model}".rstrip(), about, SpanKind.SERVER
+
+
+@contextmanager
+def stepping(trace: Trace, name: str, about: Attributes, kind: SpanKind) -> Iterator[Trace]:
+    """A step that lasts as long as the context; yields the trace for what works under it."""
+    clock = asyncio.get_running_loop().time
+    span, error = trace.begin(name, clock(), about, kind), ""
+    try:
+        yield trace.under(span)
+    except BaseException as failure:
+        error = code_of(failure)
+        raise
+    finally:
+        trace.end(span, clock(), error=error)
 
 
 def _prompt_tokens(usage: Usage) -> Attributes:
