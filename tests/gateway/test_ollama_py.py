@@ -94,9 +94,11 @@ async def test_vectors_are_those_of_the_mesh(doors: Site, client: AsyncClient) -
 
 async def test_only_what_answers_now_counts_as_loaded(doors: Site, client: AsyncClient) -> None:
     doors.engines["code"].lose(EngineState.FAILED)
+    node = doors.nodes["general"]
+    view = node.view
     async with asyncio.timeout(20):
         while "code" in {model.model for model in (await client.ps()).models}:
-            await doors.nodes["general"]._driver.wait_view_changed(doors.nodes["general"].view.revision)
+            view = await node._driver.wait_view_changed(view.revision)
     assert "code" in {model.model for model in (await client.list()).models}
 
 
