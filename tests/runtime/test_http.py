@@ -85,6 +85,7 @@ def header(answer: bytes, name: str) -> list[str]:
     return [line.partition(": ")[2] for line in lines if line.lower().startswith(name + ":")]
 
 
+STREAM = b'{"model":"general","prompt":"x","stream":true,"max_tokens":1000,"ignore_eos":true}'
 SCHEMA_OF_BYTES = ASK + b',"response_format":{"type":"json_object","schema":{"title":"\xff"}}}'
 NONSENSE = [
     (request("GET /nowhere"), 404, "not_found"),
@@ -248,6 +249,30 @@ async def test_a_body_in_drops_is_refused_all_the_same(node: Node, monkeypatch: 
     answer = await dripped(node, head, b"1\r\nx\r\n")
     assert answer == b"" or (status(answer), error(answer)["code"]) == (408, "body_too_slow")
     assert status(await said(node, request("GET /health"))) == 200
+
+
+@pytest.mark.parametrize(
+    ("first", "answered"),
+    [
+        (b"HEAD /v1/models HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 "),
+        (request("POST /v1/completions", STREAM).replace(b"Connection: close\r\n", b""), b"HTTP/1.1 200"),
+    ],
+)
+async def test_nonsense_where_no_answer_can_be_given_is_cut_off_and_no_defect(
+    site: Site, node: Node, first: bytes, answered: bytes
+) -> None:
+    crashes: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: crashes.append(context))
+    reader, writer = await opened(node)
+    writer.write(first)
+    begun = await reader.readexactly(20) if b"stream" in first else b""
+    writer.write(b"zz\r\n\r\nzz\r\n\r\n")
+    async with asyncio.timeout(20):
+        begun += await reader.read()
+    writer.close()
+    assert begun.startswith(answered)
+    await idle(site)
+    assert crashes == []
 
 
 async def test_a_chunk_whose_own_head_never_ends_is_refused(node: Node) -> None:

@@ -7,6 +7,7 @@ those that are too many to be told so. Must not: know a route. Imported only whe
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -46,6 +47,11 @@ class BoundedProtocol(H11Protocol):
         elif not incomplete and self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        with suppress(h11.LocalProtocolError):  # an answer has begun, or may have no body: it is cut off
+            super().send_400_response(msg)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
