@@ -12,14 +12,17 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from fieldmesh.core.errors import ConfigError, EngineLost, EngineNotReady, Internal, ModelFileInvalid
 from fieldmesh.core.model import EngineState, Prompt
+from fieldmesh.engine.frames import Report, Statistics
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.settings import EngineSettings
 from tests.engine.asking import GREEDY, ask, drain, job, wait_load
+from tests.engine.tiny_model import write_crashing_model
 
 
 @pytest.fixture
@@ -118,6 +121,58 @@ async def test_an_engine_that_keeps_crashing_is_given_up(engine: EngineProcess) 
     await wait_load(engine, lambda load: load.engine is EngineState.FAILED)
     with pytest.raises(EngineNotReady, match="given up after 3 crashes"):
         await ask(engine, job("a"))
+
+
+async def test_a_model_that_crashes_the_library_is_given_up_soon(
+    settings: EngineSettings, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = write_crashing_model(tiny_model, tmp_path / "crash.gguf")
+    engine = EngineProcess(replace(settings, model_path=str(path), crashes_max=31))
+    with pytest.raises(EngineNotReady, match=r"given up after 5 crashes and no load succeeded.*signal 6"):
+        await engine.start()
+    assert engine.state is EngineState.FAILED and not engine.load().accepting
+    assert engine.tally.restarts == 4
+    await engine.close()
+
+
+async def test_a_process_that_is_killed_while_it_loads_is_tried_on(settings: EngineSettings) -> None:
+    engine = EngineProcess(replace(settings, crashes_max=31))
+    starting = asyncio.create_task(engine.start())
+    killed: set[int] = set()
+    while len(killed) < 6:
+        await wait_load(engine, lambda load: load.engine is EngineState.LOADING)
+        while engine.pid is None or engine.pid in killed:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        killed.add(engine.pid)
+        os.kill(engine.pid, signal.SIGKILL)
+    await starting
+    await engine.close()
+
+
+class Stuck(EngineProcess):
+    """A process that answers and makes no steps, as far as its host can see."""
+
+    stuck = True
+
+    def _take(self, report: Report) -> None:
+        if self.stuck and isinstance(report, Statistics):
+            report = msgspec.structs.replace(report, steps=1, load=replace(report.load, running=1))
+        super()._take(report)
+
+
+async def test_a_process_that_answers_but_computes_nothing_is_killed_and_replaced(
+    settings: EngineSettings,
+) -> None:
+    engine = Stuck(replace(settings, watchdog_s=1))
+    await engine.start()
+    old = engine.pid
+    with pytest.raises(EngineLost, match="signal 9"):
+        while True:  # ever new work, each of it read
+            await ask(engine, job("a", sampling=LONG))
+    engine.stuck = False
+    await wait_load(engine, ready)
+    assert engine.pid != old
+    await engine.close()
 
 
 async def test_a_finished_generation_forgives_earlier_crashes(engine: EngineProcess) -> None:

