@@ -30,7 +30,7 @@ from fieldmesh.core.model import Address
 from fieldmesh.core.timeline import Timeline, timeline
 from fieldmesh.runtime import traces
 from fieldmesh.v1 import inference_pb2 as pb
-from fieldmesh.v1 import inference_pb2_grpc
+from fieldmesh.v1 import inference_pb2_grpc, trace_pb2
 from tests.runtime.test_node import ANY, Site, mesh, new_site, site, tiny, until
 
 __all__ = ["mesh", "site", "tiny"]
@@ -97,6 +97,9 @@ async def test_a_forwarded_request_is_one_tree_over_both_nodes(mesh: Site) -> No
     assert decode.ends_s is not None
     assert decode.ends_s - decode.begins_s > 0.015  # 19 steps of a millisecond
     assert folded.moved_s == {}  # one box, one clock
+    manual = (Path(__file__).parents[2] / "deploy" / "observability" / "README.md").read_text()
+    ours = {name for row in folded.rows for name in row.span.attributes if name.startswith("fieldmesh.")}
+    assert {name for name in ours if name.removeprefix("fieldmesh.") not in manual} == set()
 
 
 async def test_a_request_that_is_answered_where_it_came_is_a_tree_too(mesh: Site) -> None:
@@ -374,6 +377,18 @@ async def test_nodes_that_do_not_answer_are_named(mesh: Site, monkeypatch: pytes
     reasons = {node.node_name: node.reason for node in traced.silent_nodes}
     assert reasons == {"code": "it cannot be reached", "spare": "it did not answer within 1 s"}
     assert {node.node_name for node in traced.nodes} == {"general"}
+
+
+def test_a_trace_of_very_many_steps_is_told_as_far_as_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "SPANS_TOLD_MAX", 5)
+    nodes = [
+        trace_pb2.NodeSpans(spans=[trace_pb2.Span(name=f"{index}") for index in range(size)], spans_dropped=1)
+        for size in (3, 4, 2)
+    ]
+    told_of = traces.bounded(nodes)
+    assert [len(node.spans) for node in told_of] == [3, 2, 0]
+    assert [node.spans_dropped for node in told_of] == [1, 3, 3]
+    assert [span.name for span in told_of[1].spans] == ["0", "1"]
 
 
 async def test_a_trace_that_nobody_has_is_not_found_in_words(mesh: Site) -> None:

@@ -26,6 +26,8 @@ PEER_TIMEOUT_S = 2.0
 """A node that tells nothing for so long is named as silent; clients give a call three seconds."""
 PEERS_ASKED_MAX = 128
 SILENT_TOLD_MAX = 64
+SPANS_TOLD_MAX = 2048
+"""Of all nodes together: what fits a message, however long their names are."""
 
 _WORTH_ASKING = (NodeState.ALIVE, NodeState.SUSPECT)
 
@@ -65,7 +67,7 @@ class Traces:
         trace_id = max(having, key=_began).trace_id
         return pb.GetTraceResponse(
             trace_id=trace_id,
-            nodes=[node for told in having if told.trace_id == trace_id for node in told.nodes],
+            nodes=bounded([node for told in having if told.trace_id == trace_id for node in told.nodes]),
             silent_nodes=silent[:SILENT_TOLD_MAX],
         )
 
@@ -95,6 +97,18 @@ class Traces:
                     return _silent(member, "it cannot be reached")
         except FieldmeshError as error:  # this node is stopping
             return _silent(member, error.message)
+
+
+def bounded(nodes: list[pb.NodeSpans]) -> list[pb.NodeSpans]:
+    """The same with at most SPANS_TOLD_MAX spans; those that are cut off are counted."""
+    left = SPANS_TOLD_MAX
+    for node in nodes:
+        surplus = max(0, len(node.spans) - left)
+        if surplus:
+            del node.spans[left:]
+            node.spans_dropped += surplus
+        left -= len(node.spans)
+    return nodes
 
 
 def _silent(member: Member, reason: str) -> pb.SilentNode:
