@@ -187,7 +187,9 @@ def note_of(span: Span) -> str:
     if span.error:
         return span.error
     if "fieldmesh.routing.node" in about:
-        return f"chose {about['fieldmesh.routing.node']} of {about.get('fieldmesh.routing.candidates', '?')}"
+        others = about.get("fieldmesh.routing.candidates")
+        of = f" of {others}" if others != 1 else ""
+        return f"chose {about['fieldmesh.routing.node']}{of}"
     if isinstance(number := about.get("fieldmesh.attempt"), int) and number > 1:
         return f"attempt {number}"
     if span.name == "prefill" and "gen_ai.usage.input_tokens" in about:
