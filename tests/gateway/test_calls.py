@@ -208,6 +208,12 @@ async def test_ollamas_library_reads_calls_too(doors: Site, monkeypatch: pytest.
         assert told == whole.message.tool_calls
         assert "".join(part.message.content or "" for part in parts) == whole.message.content == "Let me see."
         assert (whole.done_reason, parts[-1].done_reason) == ("stop", "stop")
+        say(monkeypatch, '{"name": "weather", "arguments": {"city": Rome}}')
+        odd = await client.chat("code", HELLO, tools=[WEATHER])
+        assert (odd.message.content, odd.message.tool_calls) == (
+            '{"name": "weather", "arguments": {"city": Rome}',
+            None,
+        )
         say(monkeypatch, "It is sunny.")
         turns = [*HELLO, whole.message, {"role": "tool", "content": "sun", "tool_name": "weather"}]
         again = await client.chat("code", turns, tools=[WEATHER])

@@ -285,7 +285,7 @@ REFUSED = [
     ({"background": True}, "background"),
     ({"conversation": "conv_1"}, "conversation"),
     ({"temperature": 9}, "temperature"),
-    ({"max_output_tokens": 0}, "max_tokens"),
+    ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"metadata": 7}, "metadata"),
 ]
 

@@ -6,7 +6,6 @@ ignored: the mesh decides it. Bounds are those of ``rpc.inference``. Must not: p
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -307,10 +306,10 @@ class Lines:
 
     def end(self, result: Result) -> bytes:
         """The lines that end the stream."""
-        calls = self._called()
+        calls, unread = self._called()
         called = encode({"role": "assistant", "content": "", "tool_calls": calls})
         line = encode(self._about)[:-1] + b',"message":' + called + b',"done":false}\n' if calls else b""
-        return line + self._last({"content": ""}, result) + b"\n"
+        return line + self._last({"content": unread}, result) + b"\n"
 
     def add(self, chunk: Chunk) -> None:
         """Keep a chunk for ``document``."""
@@ -320,10 +319,11 @@ class Lines:
 
     def document(self, result: Result) -> bytes:
         """The whole answer."""
-        said: dict[str, Any] = {"content": "".join(self._text)}
+        calls, unread = self._called()
+        said: dict[str, Any] = {"content": "".join(self._text) + unread}
         if thinking := "".join(self._thinking):
             said["thinking"] = thinking
-        if calls := self._called():
+        if calls:
             said["tool_calls"] = calls
         return self._last(said, result)
 
@@ -347,14 +347,19 @@ class Lines:
             }
         )
 
-    def _called(self) -> list[dict[str, Any]]:
-        """The calls whose arguments are whole: here they are an object, and not text that may be cut off."""
-        called = []
+    def _called(self) -> tuple[list[dict[str, Any]], str]:
+        """The calls, and as text those whose arguments are no object, which here they have to be: cut off, or
+        badly written."""
+        called, unread = [], ""
         for call in self._calls.of(0):
-            with suppress(msgspec.MsgspecError):
-                arguments = msgspec.json.decode(call.arguments, type=dict[str, Any])
-                called.append({"id": call.id, "function": {"name": call.name, "arguments": arguments}})
-        return called
+            try:
+                msgspec.json.decode(call.arguments, type=dict[str, Any])
+            except (msgspec.MsgspecError, RecursionError):
+                unread += f'{{"name": {encode(call.name).decode()}, "arguments": {call.arguments}'
+                continue
+            arguments = msgspec.Raw(call.arguments.encode())
+            called.append({"id": call.id, "function": {"name": call.name, "arguments": arguments}})
+        return called, unread
 
 
 # --- what there is -----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from fieldmesh.core.errors import FieldmeshError
 from fieldmesh.core.model import Chunk, FinishReason, Logprobs, Message, Result, ToolCall
+from fieldmesh.rpc import openai_answers
 from fieldmesh.rpc.errors import clipped
 from fieldmesh.rpc.openai_answers import encode, likelihoods, told
 
@@ -23,6 +24,11 @@ _STATUSES: Final = {
     FinishReason.ERROR: "cancelled",
 }
 _EVENT_OF: Final = {"completed": "response.completed", "failed": "response.failed"}
+
+
+def error_document(error: FieldmeshError) -> bytes:
+    """``error`` in the API's words, which has one of its own for the most tokens."""
+    return openai_answers.error_document(error).replace(b"max_tokens", b"max_output_tokens")
 
 
 class _Item:

@@ -17,8 +17,8 @@ from fieldmesh.core.model import Message, Target
 from fieldmesh.core.shelf import Shelf
 from fieldmesh.rpc import openai, responses
 from fieldmesh.rpc.inference import RequestLimits
-from fieldmesh.rpc.openai_answers import encode, error_document, error_event
-from fieldmesh.rpc.responses_answers import Response
+from fieldmesh.rpc.openai_answers import encode, error_event
+from fieldmesh.rpc.responses_answers import Response, error_document
 from fieldmesh.runtime.door import Calls
 from fieldmesh.runtime.http_answers import answer
 from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler, Refusal
