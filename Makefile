@@ -8,6 +8,7 @@
 #   dev     what tests and checks need                                requirements/dev.txt
 #   otel    what sends traces to a collector (make otel)              requirements/otel.txt
 #   bench   what benchmarks compare with (make bench)                 requirements/bench.txt
+# Other people's clients have environments of their own (make clients-test): requirements/clients-*.txt
 # Every file is pinned with hashes. Ready-made means wheels only: nothing is compiled by surprise, and the one
 # thing that is compiled uses the pinned tools of `build` instead of fetching its own (--no-build-isolation).
 
@@ -114,6 +115,13 @@ kill-test: dev ## kills voters 140 times under load, cuts networks, counts what 
 compose-test: dev wheel ## three containers, six kinds of fault, and an answer after each (needs a docker engine)
 	@$(BIN)/python -m deploy.docker.compose_test
 
+CLIENTS := .venv-clients
+CLIENT_SETS := main llama-index $(if $(HEAVY),heavy)
+
+.PHONY: clients-test
+clients-test: dev $(CLIENT_SETS:%=$(CLIENTS)/%/installed) ## other people's clients and our examples at a live mesh (HEAVY=1: those with torch too)
+	@$(BIN)/python -m tests.clients $(foreach set,$(CLIENT_SETS),$(set)=$(CURDIR)/$(CLIENTS)/$(set))
+
 .PHONY: wheel
 wheel: $(STEPS)/engine ## the compiled engine as a file: build/wheels/llama_cpp_python-*.whl
 	@$(ENGINE_ENV) \
@@ -140,13 +148,15 @@ lock: dev ## pins requirements/*.txt anew from pyproject.toml (UPGRADE=--upgrade
 	@$(UV) $(UPGRADE) requirements/build.in -c requirements/dev.txt -o requirements/build.txt
 	@$(UV) $(UPGRADE) requirements/engine.in --no-deps -o requirements/engine.txt
 	@$(UV) $(UPGRADE) requirements/model.in --no-deps -o requirements/model.txt
+	@for set in main llama-index heavy; do \
+	$(UV) $(UPGRADE) requirements/clients-$$set.in -o requirements/clients-$$set.txt || exit 1; done
 
 .PHONY: bench
 bench: $(STEPS)/bench ## what benchmarks.engine and benchmarks.consensus compare with (see benchmarks/RESULTS.md)
 
 .PHONY: clean
 clean: ## removes the environment and everything that was made here (pip's caches stay)
-	rm -rf $(VENV) build dist .run .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist .run .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help
@@ -199,9 +209,16 @@ $(STEPS)/otel: requirements/otel.txt $(STEPS)/project
 	@touch $@
 
 $(STEPS)/bench: requirements/bench.txt $(STEPS)/dev
-	@$(SETUP) "fetching what benchmarks compare with" --usual "a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
+	@$(SETUP) "fetching what benchmarks compare with" --usual "a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) --no-binary pysyncobj -r $<
 	@touch $@
 
 $(STEPS)/dev: requirements/dev.txt $(STEPS)/project
 	@$(SETUP) "fetching the tools for tests and checks" --usual "half a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) -r $<
+	@touch $@
+
+# The files name everything (--no-deps: pip trips over extras there). Some of what lm-eval needs is source only.
+$(CLIENTS)/%/installed: requirements/clients-%.txt | $(BIN)/python
+	@$(SETUP) "fetching clients ($*)" --usual "half a minute" --log $(CURDIR)/$(STEPS)/clients-$*.log -- sh -c \
+	"$(PYTHON) -m venv --clear $(CLIENTS)/$* && $(CLIENTS)/$*/bin/python -m pip --disable-pip-version-check --no-input \
+	install --require-hashes --no-deps $(if $(filter heavy,$*),--prefer-binary,--only-binary :all:) -r $<"
 	@touch $@
