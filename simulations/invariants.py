@@ -34,6 +34,7 @@ class Watch:
         self._quiet_at = scenario.virtual_s - scenario.settle_s
         self._stamps: dict[tuple[str, int, str], tuple[int, int]] = {}
         self._judged: dict[str, tuple[object, float]] = {}
+        self._believed_since: dict[tuple[str, int, str], float] = {}
 
     def after_event(self, host: Host) -> None:
         """Raises AssertionError where this host's node believes what it must not."""
@@ -53,7 +54,12 @@ class Watch:
                 self._row_only_advances(host, member.row)
             if label == host.label:
                 continue
+            believed = (host.label, host.boots, member.id)
+            if member.state is NodeState.DEAD:
+                self._believed_since.pop(believed, None)
             if member.state is NodeState.ALIVE:
+                # Where nobody beats to everybody, one that has just come is told of one that has just gone.
+                self._believed_since.setdefault(believed, now)
                 if self.scenario.checks_notice:
                     self._must_notice(host, label, member, now)
             elif self.scenario.checks_alive:
@@ -138,7 +144,10 @@ class Watch:
         if self.ground.ids.get(member.id) == label and member.id != node_id(self.ground.settings[label].key):
             return  # an earlier identity of that box
         watching_since = max(
-            since, self._calm_since(host.label), self.ground.frozen_until.get(host.label, 0.0)
+            since,
+            self._calm_since(host.label),
+            self.ground.frozen_until.get(host.label, 0.0),
+            self._believed_since[host.label, host.boots, member.id],
         )
         allowed_s = self.scenario.notice_s + STALE_MESSAGES_S * bool(self.scenario.link.duplicate)
         if self.scenario.late_nodes:

@@ -9,6 +9,7 @@ from fieldmesh.core.events import Tick
 from fieldmesh.core.model import NodeId
 from fieldmesh.core.raft_model import (
     Append,
+    Company,
     Doubt,
     Post,
     PreVote,
@@ -239,6 +240,34 @@ class TestDoubt:
         due = bench.nodes["a"].deadline
         assert bench.handle("a", Doubt(node=NodeId(whom))) == []
         assert bench.nodes["a"].deadline == due
+
+
+class TestCompany:
+    """A heartbeat may go out early, so that it wakes nobody who is not woken anyway."""
+
+    def test_a_heartbeat_that_is_due_soon_goes_along(self) -> None:
+        bench = Bench()
+        bench.elect("a")
+        bench.pass_time(0.0)
+        bench.now += 0.9 * bench.config.heartbeat_s
+        effects = bench.handle("a", Company())
+        assert [post.to for post in of_kind(effects, Post)] == ["b", "c"]
+        assert bench.nodes["a"].leadership is not None
+        assert bench.nodes["a"].leadership.heartbeat_due == bench.now + bench.config.heartbeat_s
+
+    def test_one_that_has_just_gone_does_not(self) -> None:
+        bench = Bench()
+        bench.elect("a")
+        bench.now += bench.config.heartbeat_s
+        bench.handle("a", Tick())
+        bench.now += 0.4 * bench.config.heartbeat_s
+        assert bench.handle("a", Company()) == []
+
+    def test_a_follower_has_none_to_send(self) -> None:
+        bench = Bench()
+        bench.elect("a")
+        bench.now += bench.config.heartbeat_s
+        assert bench.handle("b", Company()) == []
 
 
 class TestCheckQuorum:

@@ -133,6 +133,15 @@ async def test_three_nodes_find_each_other_and_each_others_offers() -> None:
             assert {m.name for m in view.members} == {"anna", "bert", "carl"}
 
 
+async def test_what_goes_along_with_the_beats_is_called_at_each() -> None:
+    async with running("anna") as a:
+        called: asyncio.Queue[None] = asyncio.Queue(3)
+        a.driver.accompany(lambda: None if called.full() else called.put_nowait(None))
+        async with asyncio.timeout(PATIENCE_S):
+            for _ in range(3):
+                await called.get()
+
+
 async def test_the_death_of_a_node_is_noticed_within_two_seconds() -> None:
     async with trio() as (a, b, c):
         for node in (a, b):

@@ -57,6 +57,8 @@ from fieldmesh.core.suspicion import Suspicion
 from fieldmesh.core.voice import Voice, send_to
 
 RTT_CREDIBLE_S_MAX = 60.0
+RTT_SHOWN_STEP_S_MIN = 0.0005
+"""Less is noise of two loops, and nothing beside the time that a token takes."""
 
 
 class Membership(Roster):
@@ -267,7 +269,7 @@ class Membership(Roster):
 
     def _measure(self, peer: Peer, beat: Heartbeat, now: float) -> None:
         """Round trip, smoothed as in RFC 6298 but quick to fall: what is above it is mostly a late loop.
-        Worth a revision when it has moved by a fifth of what the view shows."""
+        Worth a revision when it has moved by a fifth of what the view shows, and not by a hair."""
         peer.echo_sent_s, peer.echo_at = beat.sent_s, now
         if not beat.echo_sent_s:
             return
@@ -276,7 +278,8 @@ class Membership(Roster):
             return
         gain = 0.5 if sample < peer.rtt_s else 0.125
         peer.rtt_s = sample if not peer.rtt_s else peer.rtt_s + gain * (sample - peer.rtt_s)
-        if abs(peer.rtt_s - peer.rtt_shown_s) > 0.2 * peer.rtt_shown_s:
+        step_s = max(0.2 * peer.rtt_shown_s, RTT_SHOWN_STEP_S_MIN) if peer.rtt_shown_s else 0.0
+        if abs(peer.rtt_s - peer.rtt_shown_s) > step_s:
             peer.rtt_shown_s = peer.rtt_s
             self.revision += 1
 

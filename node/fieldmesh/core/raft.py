@@ -49,6 +49,7 @@ from fieldmesh.core.raft_model import (
     Chunk,
     ChunkReply,
     Compact,
+    Company,
     Doubt,
     Entry,
     EntryKind,
@@ -225,6 +226,9 @@ class Raft:
                 self._change(event)
             case Transfer(to=to):
                 self._transfer(to)
+            case Company():
+                if self.leadership is not None:
+                    self._post_all(self.leadership.join_in(self._now))
             case Doubt(node=node):
                 self._doubt(node)
             case Saved(sequence=sequence):

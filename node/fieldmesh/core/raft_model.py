@@ -273,6 +273,11 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Company:
+    """The host writes to the others just now: a heartbeat that is due soon goes along, and wakes nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Doubt:
     """The host has another reason than silence to think that ``node`` is gone. It may be wrong: where that
     node leads, its followers wait for one heartbeat more instead of an election timeout."""
@@ -304,6 +309,7 @@ RaftEvent = (
     | Promote
     | Remove
     | Transfer
+    | Company
     | Doubt
     | Saved
     | Compact

@@ -72,6 +72,7 @@ class Agreement:
                 obey(rules)
 
         self.council.observe(changed)
+        self._driver.accompany(self.council.host.join_in)
 
     def for_clients(self, calls: Calls) -> grpc.GenericRpcHandler:
         """What the client listener is given."""

@@ -81,10 +81,11 @@ class CouncilConfig:
     """Times and limits (seconds). ``leader_patience_s``: how long a write waits for a leader to appear before
     it fails with NO_QUORUM; an election takes up to two. ``found_wait_s``: how long a founder looks for a log
     of this mesh before it founds one; ``follow_after_s``: when a member without a leader asks others what is
-    configured. Guesses for a LAN. Most of what an idle log costs are its heartbeats, so they are as seldom as
-    those of the mesh, which notices sooner than an election timeout that a leader is gone, and says so."""
+    configured. Guesses for a LAN. Most of what an idle log costs are its heartbeats: they are as seldom as
+    those of the mesh and go along with them (so their own time is a little longer), and the mesh says sooner
+    than an election timeout that a leader is gone."""
 
-    raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.5, election_timeout_s=1.5))
+    raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.55, election_timeout_s=1.65))
     timeout_s: float = 5.0
     leader_patience_s: float = 3.0
     retry_pause_s: float = 0.03

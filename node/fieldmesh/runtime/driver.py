@@ -75,6 +75,7 @@ class Driver:
         self._publishing: asyncio.TimerHandle | None = None
         self._view_changed = asyncio.Event()
         self._observers: list[Callable[[MeshView], None]] = []
+        self._company: list[Callable[[], None]] = []
         self._closed = False
         self._log = log.get()
 
@@ -121,6 +122,11 @@ class Driver:
         """Call ``observer`` with the present view, and with each that is published from now on."""
         self._observers.append(observer)
         observer(self._published)
+
+    def accompany(self, other: Callable[[], None]) -> None:
+        """Call ``other`` whenever this node beats: what else is to be said to peers costs less then, for a
+        message that finds everybody awake costs a fourth of one that wakes them."""
+        self._company.append(other)
 
     async def wait_view_changed(self, revision: int) -> MeshView:
         """The published view, as soon as its revision is another than ``revision``."""
@@ -176,6 +182,8 @@ class Driver:
         deadline = self._mesh.deadline
         if deadline is not None and self._loop.time() >= deadline:
             self.handle(Tick())
+            for other in self._company:
+                other()
         else:
             self._set_timer()
 

@@ -18,7 +18,7 @@ from fieldmesh.runtime import log
 from fieldmesh.runtime.council import Council
 from fieldmesh.runtime.council_model import CouncilStatus
 
-LOOK_INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 2.0
 CHANGE_TIMEOUT_S = 10.0
 HAND_OVER_TIMEOUT_S = 1.0
 _HERE = (NodeState.ALIVE, NodeState.SUSPECT)

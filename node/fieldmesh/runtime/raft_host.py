@@ -37,6 +37,7 @@ from fieldmesh.core.raft_members import recovered
 from fieldmesh.core.raft_model import (
     Apply,
     Change,
+    Company,
     Doubt,
     MembersChanged,
     Message,
@@ -300,6 +301,11 @@ class RaftHost:
         for effect in self._handle(Transfer(to=to)):
             if isinstance(effect, Refused):
                 raise RefusedHere(effect.reason, effect.leader)
+
+    def join_in(self) -> None:
+        """This node writes to the others just now: what the log would say soon goes along."""
+        if self.consensus is not None and self.consensus.raft.leadership is not None:
+            self._handle(Company())
 
     def doubt(self, node: NodeId) -> None:
         """The mesh misses ``node``: where it leads, its followers need not wait for long."""
