@@ -123,6 +123,10 @@ async def put(made: Council, key: str, value: object, **condition: int) -> Outco
     return outcome
 
 
+def test_the_times_that_nodes_run_with_are_accepted_by_the_log() -> None:
+    CouncilConfig().raft.validate()
+
+
 async def test_a_write_is_read_back_with_its_revision_author_and_origin(alone: Council) -> None:
     outcome = await put(alone, "app/colour", "green")
     reading = await alone.read(linearizable=True)

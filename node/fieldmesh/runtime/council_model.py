@@ -85,7 +85,7 @@ class CouncilConfig:
     those of the mesh and go along with them (so their own time is a little longer), and the mesh says sooner
     than an election timeout that a leader is gone."""
 
-    raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.55, election_timeout_s=1.65))
+    raft: RaftConfig = field(default_factory=lambda: RaftConfig(heartbeat_s=0.55, election_timeout_s=1.7))
     timeout_s: float = 5.0
     leader_patience_s: float = 3.0
     retry_pause_s: float = 0.03
