@@ -54,9 +54,21 @@ def test_a_row_that_says_what_was_signed_is_opened() -> None:
         envelope(ROW, payload=b""),
         envelope(replace(ROW, profiles=ROW.profiles * 17)),
         envelope(replace(ROW, addresses=ROW.addresses * 9)),
+        envelope(replace(ROW, http_addresses=ROW.addresses * 9)),
         envelope(replace(ROW, name="x" * 65)),
     ],
-    ids=["mesh", "author", "incarnation", "sequence", "noise", "empty", "profiles", "addresses", "name"],
+    ids=[
+        "mesh",
+        "author",
+        "incarnation",
+        "sequence",
+        "noise",
+        "empty",
+        "profiles",
+        "addresses",
+        "http",
+        "name",
+    ],
 )
 def test_a_row_that_says_more_than_its_author_may_is_refused(bad: Envelope) -> None:
     assert directory.open_row(bad, wire, "home") is None

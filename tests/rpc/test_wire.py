@@ -114,6 +114,7 @@ rows = st.builds(
     sequence=numbers,
     addresses=address_lists,
     client_addresses=address_lists,
+    http_addresses=address_lists,
     profiles=st.lists(
         st.builds(
             ProfileOffer,

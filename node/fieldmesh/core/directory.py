@@ -39,7 +39,7 @@ def problem(row: Row) -> str:
     """What is wrong with a row, as a sentence; empty where nothing is."""
     if not 1 <= len(row.name) <= NAME_CHARACTERS_MAX:
         return f"name: 1 to {NAME_CHARACTERS_MAX} characters are accepted"
-    if len(row.addresses) > ADDRESSES_MAX or len(row.client_addresses) > ADDRESSES_MAX:
+    if max(map(len, (row.addresses, row.client_addresses, row.http_addresses))) > ADDRESSES_MAX:
         return f"addresses: at most {ADDRESSES_MAX} are accepted"
     if len(row.profiles) > PROFILES_MAX:
         return f"profiles: at most {PROFILES_MAX} are accepted"

@@ -71,6 +71,7 @@ class Identity:
     mesh: str
     addresses: tuple[Address, ...]
     client_addresses: tuple[Address, ...] = ()
+    http_addresses: tuple[Address, ...] = ()
     incarnation: int = 1
     version: str = ""
 
@@ -82,6 +83,7 @@ class OfferChanged:
     profiles: tuple[ProfileOffer, ...] | None = None
     addresses: tuple[Address, ...] | None = None
     client_addresses: tuple[Address, ...] | None = None
+    http_addresses: tuple[Address, ...] | None = None
     seat: Seat | None = None
 
 
@@ -283,6 +285,7 @@ class Mesh:
             sequence=self.replica.next_sequence,
             addresses=self._identity.addresses,
             client_addresses=self._identity.client_addresses,
+            http_addresses=self._identity.http_addresses,
             profiles=self._profiles,
             seat=self._seat,
             version=self._identity.version,
@@ -303,6 +306,8 @@ class Mesh:
             self._identity = replace(self._identity, addresses=event.addresses)
         if event.client_addresses is not None:
             self._identity = replace(self._identity, client_addresses=event.client_addresses)
+        if event.http_addresses is not None:
+            self._identity = replace(self._identity, http_addresses=event.http_addresses)
         try:
             self._publish()
         except InvalidRequest:

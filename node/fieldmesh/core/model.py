@@ -163,7 +163,8 @@ class Seat:
 class Row:
     """What one node says of itself in the directory: slow facts, one signed row a node.
 
-    ``addresses`` lists the peer listener's addresses, ``client_addresses`` those that clients can reach.
+    ``addresses`` lists the peer listener's addresses, ``client_addresses`` those that clients can reach,
+    ``http_addresses`` those of its web page and of the APIs over HTTP, where it has them.
     """
 
     id: NodeId
@@ -173,6 +174,7 @@ class Row:
     sequence: int
     addresses: tuple[Address, ...]
     client_addresses: tuple[Address, ...]
+    http_addresses: tuple[Address, ...] = ()
     profiles: tuple[ProfileOffer, ...] = ()
     seat: Seat | None = None
     version: str = ""

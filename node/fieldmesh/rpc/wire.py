@@ -395,6 +395,7 @@ def encode_row(row: Row) -> bytes:
         sequence=row.sequence,
         addresses=map(_address_to_proto, row.addresses),
         client_addresses=map(_address_to_proto, row.client_addresses),
+        http_addresses=map(_address_to_proto, row.http_addresses),
         profiles=(
             mesh_pb2.Profile(
                 name=profile.name,
@@ -439,6 +440,7 @@ def _row(record: mesh_pb2.Row) -> Row:
         sequence=_number(record.sequence, "sequence"),
         addresses=_addresses(record.addresses),
         client_addresses=_addresses(record.client_addresses),
+        http_addresses=_addresses(record.http_addresses),
         profiles=tuple(map(_profile, record.profiles)),
         version=record.version[:NAME_CHARACTERS_MAX],
         protocol_min=record.protocol_min,

@@ -98,7 +98,12 @@ class Driver:
         self._perform(iter(effects))
         self._set_timer()
 
-    def announce(self, addresses: Sequence[Address], client_addresses: Sequence[Address]) -> None:
+    def announce(
+        self,
+        addresses: Sequence[Address],
+        client_addresses: Sequence[Address],
+        http_addresses: Sequence[Address] = (),
+    ) -> None:
         """Tell where this node's listeners are reached from now on, best first.
 
         Where the box lost an address, connections begin anew: those from the lost one lead nowhere, and
@@ -107,7 +112,13 @@ class Driver:
         kept = {address.host for address in addresses}
         if any(address.host not in kept for address in self._mesh.membership.addresses):
             self.links.reconnect()
-        self.handle(OfferChanged(addresses=tuple(addresses), client_addresses=tuple(client_addresses)))
+        self.handle(
+            OfferChanged(
+                addresses=tuple(addresses),
+                client_addresses=tuple(client_addresses),
+                http_addresses=tuple(http_addresses),
+            )
+        )
 
     def load_changed(self, load: Load) -> None:
         """Tell how busy this node is: at once where it matters to who may be asked, else now and then."""

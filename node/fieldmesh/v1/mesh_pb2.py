@@ -26,15 +26,15 @@ from fieldmesh.v1 import inference_pb2 as fieldmesh_dot_v1_dot_inference__pb2
 from fieldmesh.v1 import peer_pb2 as fieldmesh_dot_v1_dot_peer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ieldmesh/v1/mesh.proto\x12\x0c\x66ieldmesh.v1\x1a\x1c\x66ieldmesh/v1/inference.proto\x1a\x17\x66ieldmesh/v1/peer.proto\"\x12\n\x10ListNodesRequest\"Z\n\x11ListNodesResponse\x12\x10\n\x08local_id\x18\x01 \x01(\t\x12\x0c\n\x04mesh\x18\x02 \x01(\t\x12%\n\x05nodes\x18\x03 \x03(\x0b\x32\x16.fieldmesh.v1.NodeInfo\"\xf6\x01\n\x08NodeInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.fieldmesh.v1.NodeState\x12(\n\x06offers\x18\x05 \x03(\x0b\x32\x18.fieldmesh.v1.ModelEntry\x12 \n\x04load\x18\x06 \x01(\x0b\x32\x12.fieldmesh.v1.Load\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\r\n\x05rtt_s\x18\x08 \x01(\x01\x12\x14\n\x0cpeer_address\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\"\xb7\x02\n\x03Row\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04mesh\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12(\n\taddresses\x18\x06 \x03(\x0b\x32\x15.fieldmesh.v1.Address\x12/\n\x10\x63lient_addresses\x18\x07 \x03(\x0b\x32\x15.fieldmesh.v1.Address\x12\'\n\x08profiles\x18\x08 \x03(\x0b\x32\x15.fieldmesh.v1.Profile\x12\x0f\n\x07version\x18\t \x01(\t\x12\x14\n\x0cprotocol_min\x18\n \x01(\r\x12\x14\n\x0cprotocol_max\x18\x0b \x01(\r\x12 \n\x04seat\x18\x0c \x01(\x0b\x32\x12.fieldmesh.v1.Seat\"0\n\x04Seat\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\"\x88\x01\n\x07Profile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12%\n\x07\x64omains\x18\x04 \x03(\x0b\x32\x14.fieldmesh.v1.Domain\x12\x0c\n\x04tier\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\"=\n\x06\x44omain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x03(\t*\x9b\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_ALIVE\x10\x01\x12\x16\n\x12NODE_STATE_SUSPECT\x10\x02\x12\x1a\n\x16NODE_STATE_UNREACHABLE\x10\x03\x12\x13\n\x0fNODE_STATE_DEAD\x10\x04\x12\x13\n\x0fNODE_STATE_LEFT\x10\x05\x32[\n\x0bMeshService\x12L\n\tListNodes\x12\x1e.fieldmesh.v1.ListNodesRequest\x1a\x1f.fieldmesh.v1.ListNodesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ieldmesh/v1/mesh.proto\x12\x0c\x66ieldmesh.v1\x1a\x1c\x66ieldmesh/v1/inference.proto\x1a\x17\x66ieldmesh/v1/peer.proto\"\x12\n\x10ListNodesRequest\"Z\n\x11ListNodesResponse\x12\x10\n\x08local_id\x18\x01 \x01(\t\x12\x0c\n\x04mesh\x18\x02 \x01(\t\x12%\n\x05nodes\x18\x03 \x03(\x0b\x32\x16.fieldmesh.v1.NodeInfo\"\xf6\x01\n\x08NodeInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.fieldmesh.v1.NodeState\x12(\n\x06offers\x18\x05 \x03(\x0b\x32\x18.fieldmesh.v1.ModelEntry\x12 \n\x04load\x18\x06 \x01(\x0b\x32\x12.fieldmesh.v1.Load\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\r\n\x05rtt_s\x18\x08 \x01(\x01\x12\x14\n\x0cpeer_address\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\"\xe6\x02\n\x03Row\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04mesh\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12(\n\taddresses\x18\x06 \x03(\x0b\x32\x15.fieldmesh.v1.Address\x12/\n\x10\x63lient_addresses\x18\x07 \x03(\x0b\x32\x15.fieldmesh.v1.Address\x12\'\n\x08profiles\x18\x08 \x03(\x0b\x32\x15.fieldmesh.v1.Profile\x12\x0f\n\x07version\x18\t \x01(\t\x12\x14\n\x0cprotocol_min\x18\n \x01(\r\x12\x14\n\x0cprotocol_max\x18\x0b \x01(\r\x12 \n\x04seat\x18\x0c \x01(\x0b\x32\x12.fieldmesh.v1.Seat\x12-\n\x0ehttp_addresses\x18\r \x03(\x0b\x32\x15.fieldmesh.v1.Address\"0\n\x04Seat\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\"\x88\x01\n\x07Profile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12%\n\x07\x64omains\x18\x04 \x03(\x0b\x32\x14.fieldmesh.v1.Domain\x12\x0c\n\x04tier\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\"=\n\x06\x44omain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x03(\t*\x9b\x01\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_ALIVE\x10\x01\x12\x16\n\x12NODE_STATE_SUSPECT\x10\x02\x12\x1a\n\x16NODE_STATE_UNREACHABLE\x10\x03\x12\x13\n\x0fNODE_STATE_DEAD\x10\x04\x12\x13\n\x0fNODE_STATE_LEFT\x10\x05\x32[\n\x0bMeshService\x12L\n\tListNodes\x12\x1e.fieldmesh.v1.ListNodesRequest\x1a\x1f.fieldmesh.v1.ListNodesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fieldmesh.v1.mesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NODESTATE']._serialized_start=1024
-  _globals['_NODESTATE']._serialized_end=1179
+  _globals['_NODESTATE']._serialized_start=1071
+  _globals['_NODESTATE']._serialized_end=1226
   _globals['_LISTNODESREQUEST']._serialized_start=96
   _globals['_LISTNODESREQUEST']._serialized_end=114
   _globals['_LISTNODESRESPONSE']._serialized_start=116
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODEINFO']._serialized_start=209
   _globals['_NODEINFO']._serialized_end=455
   _globals['_ROW']._serialized_start=458
-  _globals['_ROW']._serialized_end=769
-  _globals['_SEAT']._serialized_start=771
-  _globals['_SEAT']._serialized_end=819
-  _globals['_PROFILE']._serialized_start=822
-  _globals['_PROFILE']._serialized_end=958
-  _globals['_DOMAIN']._serialized_start=960
-  _globals['_DOMAIN']._serialized_end=1021
-  _globals['_MESHSERVICE']._serialized_start=1181
-  _globals['_MESHSERVICE']._serialized_end=1272
+  _globals['_ROW']._serialized_end=816
+  _globals['_SEAT']._serialized_start=818
+  _globals['_SEAT']._serialized_end=866
+  _globals['_PROFILE']._serialized_start=869
+  _globals['_PROFILE']._serialized_end=1005
+  _globals['_DOMAIN']._serialized_start=1007
+  _globals['_DOMAIN']._serialized_end=1068
+  _globals['_MESHSERVICE']._serialized_start=1228
+  _globals['_MESHSERVICE']._serialized_end=1319
 # @@protoc_insertion_point(module_scope)

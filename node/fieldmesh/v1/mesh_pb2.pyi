@@ -188,6 +188,7 @@ class Row(_message.Message):
     PROTOCOL_MIN_FIELD_NUMBER: _builtins.int
     PROTOCOL_MAX_FIELD_NUMBER: _builtins.int
     SEAT_FIELD_NUMBER: _builtins.int
+    HTTP_ADDRESSES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id of the node; the envelope's author."""
     name: _builtins.str
@@ -220,6 +221,10 @@ class Row(_message.Message):
     def seat(self) -> Global___Seat:
         """Which replicated log it belongs to or follows; unset where it knows of none."""
 
+    @_builtins.property
+    def http_addresses(self) -> _containers.RepeatedCompositeFieldContainer[_peer_pb2.Address]:
+        """Addresses of its HTTP listener, best first; at most 8. None where it has no such listener."""
+
     def __init__(
         self,
         *,
@@ -235,10 +240,11 @@ class Row(_message.Message):
         protocol_min: _builtins.int = ...,
         protocol_max: _builtins.int = ...,
         seat: Global___Seat | None = ...,
+        http_addresses: _abc.Iterable[_peer_pb2.Address] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["seat", b"seat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_addresses", b"client_addresses", "id", b"id", "incarnation", b"incarnation", "mesh", b"mesh", "name", b"name", "profiles", b"profiles", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "seat", b"seat", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "client_addresses", b"client_addresses", "http_addresses", b"http_addresses", "id", b"id", "incarnation", b"incarnation", "mesh", b"mesh", "name", b"name", "profiles", b"profiles", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "seat", b"seat", "sequence", b"sequence", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
