@@ -38,6 +38,7 @@ FOREIGN = {
     "structlog": ("runtime/",),
     "starlette": (
         *("runtime/http_door", "runtime/http_openai", "runtime/http_responses", "runtime/http_ollama"),
+        "runtime/http_page",
     ),
     "uvicorn": ("runtime/http_server", "runtime/http_protocol"),
     "opentelemetry": ("runtime/otlp",),

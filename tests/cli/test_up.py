@@ -157,6 +157,7 @@ def test_one_question_is_asked_through_a_node_that_does_not_own_it(cli: Commands
     assert f"Asking through general: {question}" in cli.err
     assert "served by general" in cli.err
     assert "2 nodes are up" in cli.err
+    assert "Web page: http://127.0.0.1:" in cli.err
 
 
 def test_a_general_question_is_asked_through_a_specialist(cli: Commands, stand_ins: None) -> None:

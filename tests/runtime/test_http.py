@@ -53,13 +53,15 @@ async def opened(node: Node) -> tuple[asyncio.StreamReader, asyncio.StreamWriter
     return await asyncio.open_connection(node.http_address.host, node.http_address.port)
 
 
-async def said(node: Node, data: bytes) -> bytes:
-    """Everything that is answered until the connection is closed."""
+async def said(node: Node, data: bytes, until: str = "") -> bytes:
+    """Everything that is answered until the connection is closed, or ``until`` was said."""
     reader, writer = await opened(node)
     writer.write(data)
     try:
         async with asyncio.timeout(20):
-            return await reader.read()
+            return await (reader.readuntil(until.encode()) if until else reader.read())
+    except asyncio.IncompleteReadError as short:
+        return short.partial
     except ConnectionError:
         return b""
     finally:

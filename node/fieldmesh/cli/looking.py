@@ -11,7 +11,7 @@ import typer
 
 from fieldmesh.cli import terminal
 from fieldmesh.cli.asking import DEFAULT_NODE, Json, Node, connect
-from fieldmesh.cli.voters import status_json, summary
+from fieldmesh.cli.voters import summary
 from fieldmesh.core.errors import FieldmeshError
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def _watch(client: Client) -> None:
 
 def mesh_json(mesh: Mesh, log: pb.GetRaftStatusResponse | None = None) -> dict[str, Any]:
     """The mesh as `--json` prints it."""
+    from fieldmesh.rpc.admin import status_json
+
     return {
         "mesh": mesh.name,
         "local_id": mesh.local_id,

@@ -85,6 +85,7 @@ def up(
         terminal.say(f"{len(plans)} nodes are up after {time.monotonic() - began:.1f} s:")
         if not terminal.VERBOSITY.quiet:
             _show(children.running, found)
+        terminal.say(f"Web page: http://{plans[0].http}/")
         if ask is not None:
             _ask(ask, children.running, found, max_tokens)
         elif chat:

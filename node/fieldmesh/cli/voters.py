@@ -37,6 +37,8 @@ def status(node: Node = None, as_json: Json = False) -> None:
     with admin_of(node) as admin:
         found = admin.status()
     if as_json:
+        from fieldmesh.rpc.admin import status_json
+
         terminal.write_json(status_json(found))
         return
     for line in _lines(found):
@@ -55,38 +57,6 @@ def status(node: Node = None, as_json: Json = False) -> None:
             member.match or "–",
         )
     terminal.console().print(shown)
-
-
-def status_json(found: pb.GetRaftStatusResponse) -> dict[str, Any]:
-    """What one node knows of the log, as `--json` prints it."""
-    return {
-        "local_id": found.local_id,
-        "role": found.role,
-        "log": found.group,
-        "epoch": found.epoch,
-        "term": found.term,
-        "leader": {"id": found.leader_id, "name": found.leader_name} if found.leader_id else None,
-        "voters": [member.id for member in found.members if member.voter],
-        "learners": [member.id for member in found.members if not member.voter],
-        "members": [
-            {
-                "id": member.id,
-                "name": member.name,
-                "voter": member.voter,
-                "here": member.here,
-                "match": member.match or None,
-                "lost": member.lost,
-            }
-            for member in found.members
-        ],
-        "revision": found.revision,
-        "commit": found.commit,
-        "lag_entries": found.lag_entries,
-        "stale_s": found.stale_s if found.HasField("stale_s") else None,
-        "advice": found.advice,
-        "stopped": found.stopped,
-        "other_logs": {other.group: list(other.node_ids) for other in found.other_logs},
-    }
 
 
 def summary(found: pb.GetRaftStatusResponse) -> str:

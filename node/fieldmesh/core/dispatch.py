@@ -308,6 +308,11 @@ class Dispatch:
         return self._deadline_at
 
     @property
+    def decision(self) -> Decision | None:
+        """The latest decision who should serve; None before the first."""
+        return self._decision
+
+    @property
     def deadline_at(self) -> float:
         """When the request itself is over, on the clock of ``now``."""
         return self._deadline_at

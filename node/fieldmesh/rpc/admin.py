@@ -210,3 +210,35 @@ def history_page(records: Sequence[pb.HistoryRecord]) -> Sequence[pb.HistoryReco
     last = records[len(page)].revision
     whole = [record for record in page if record.revision != last]
     return whole or [record for record in records if record.revision == last]
+
+
+def status_json(found: pb.GetRaftStatusResponse) -> dict[str, Any]:
+    """What one node knows of the log, for programs and for the web page."""
+    return {
+        "local_id": found.local_id,
+        "role": found.role,
+        "log": found.group,
+        "epoch": found.epoch,
+        "term": found.term,
+        "leader": {"id": found.leader_id, "name": found.leader_name} if found.leader_id else None,
+        "voters": [member.id for member in found.members if member.voter],
+        "learners": [member.id for member in found.members if not member.voter],
+        "members": [
+            {
+                "id": member.id,
+                "name": member.name,
+                "voter": member.voter,
+                "here": member.here,
+                "match": member.match or None,
+                "lost": member.lost,
+            }
+            for member in found.members
+        ],
+        "revision": found.revision,
+        "commit": found.commit,
+        "lag_entries": found.lag_entries,
+        "stale_s": found.stale_s if found.HasField("stale_s") else None,
+        "advice": found.advice,
+        "stopped": found.stopped,
+        "other_logs": {other.group: list(other.node_ids) for other in found.other_logs},
+    }

@@ -199,6 +199,10 @@ class Admin(admin_pb2_grpc.AdminServiceServicer):
     async def GetRaftStatus(
         self, request: pb.GetRaftStatusRequest, context: Context
     ) -> pb.GetRaftStatusResponse:
+        return self.raft_status()
+
+    def raft_status(self) -> pb.GetRaftStatusResponse:
+        """What this node knows of the log now."""
         status, view = self._council.status(), self._view()
         names = {member.id: member.name for member in view.members}
         here = {member.id for member in view.members if member.state in _HERE} | {view.local}

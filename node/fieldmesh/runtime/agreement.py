@@ -28,6 +28,7 @@ from fieldmesh.runtime.raft_service import RaftService
 from fieldmesh.runtime.raft_store import LOG_FILE, RaftStore
 from fieldmesh.runtime.recovery import superseded
 from fieldmesh.runtime.state import StateFolder
+from fieldmesh.v1.admin_pb2 import GetRaftStatusResponse
 
 _MISSED = (NodeState.SUSPECT, NodeState.DEAD, NodeState.LEFT)
 
@@ -77,6 +78,10 @@ class Agreement:
     def for_clients(self, calls: Calls) -> grpc.GenericRpcHandler:
         """What the client listener is given."""
         return handlers(ADMIN, self._admin, calls)
+
+    def raft_status(self) -> GetRaftStatusResponse:
+        """What this node knows of the log now."""
+        return self._admin.raft_status()
 
     def for_peers(self) -> Sequence[grpc.GenericRpcHandler]:
         """What the peer listener is given."""

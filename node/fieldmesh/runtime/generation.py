@@ -11,6 +11,7 @@ import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 from typing import assert_never
 
@@ -33,6 +34,7 @@ from fieldmesh.core.dispatch import (
     Stop,
     ViewMoved,
     Wake,
+    explained,
 )
 from fieldmesh.core.errors import (
     Cancelled,
@@ -46,9 +48,13 @@ from fieldmesh.core.model import Ask, Chunk, Completion, NodeId, RequestId, Resu
 from fieldmesh.core.routing import Candidate, Decision
 from fieldmesh.core.tracing import Span, SpanKind, Trace
 from fieldmesh.engine.port import Started
+from fieldmesh.rpc.snapshot import Flow
 from fieldmesh.runtime import log
 from fieldmesh.runtime.router import Router, need_of
 from fieldmesh.runtime.tracing import answered, asked, attempt_of, decided, operation_of
+
+KEY_CHARACTERS = 12
+"""Of a generation's id, for the web page: enough to tell requests apart, too few to repeat one."""
 
 AttemptEvent = Started | Chunk | Completion | Result
 """What an attempt yields: a Result where another node ran it, a Completion where our engine did."""
@@ -97,7 +103,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         # What a change of the mesh starts later still belongs to this request: its log lines say so.
         self._context = contextvars.copy_context()
-        now = self._loop.time()
+        self._began_at = now = self._loop.time()
         self.ask = ask
         self.asked = _seeded(ask, rng)
         self.path = path
@@ -157,6 +163,27 @@ class Generation:
             usage = self.outcome.completion.usage
             return usage.prompt_tokens + usage.completion_tokens
         return self.tokens_delivered + self._need.prompt_tokens * bool(self.attempts)
+
+    @property
+    def flow(self) -> Flow:
+        """Where this request is, or how it ended."""
+        outcome, decision, with_whom = self.outcome, self._dispatch.decision, self.candidate
+        failed = isinstance(outcome, FieldmeshError)
+        result = outcome if isinstance(outcome, Result) else None
+        return Flow(
+            key=self.generation_id[:KEY_CHARACTERS],
+            entry=self.path[0] if self.path else self._entry.node,
+            serving=result.served_by if result else with_whom.member.id if with_whom else None,
+            profile=result.profile if result else with_whom.offer.name if with_whom else "",
+            domain=decision.domain if decision else "",
+            fallback=decision.fallback if decision else False,
+            attempts=tuple(self._dispatch.attempts),
+            tokens=self.tokens_delivered,
+            state="failed" if failed else "done" if result else self.phase.value,
+            code=outcome.code if isinstance(outcome, FieldmeshError) else "",
+            duration_s=0.0 if outcome is None else self.ended_at - self._began_at,
+            explanation=explained(decision) if decision and decision.considered else None,
+        )
 
     def begin(self) -> None:
         """Take the first step."""
@@ -411,3 +438,7 @@ class Generations:
     def get(self, request_id: RequestId) -> Generation | None:
         """By request id."""
         return self._by_id.get(request_id)
+
+    def latest(self, count: int) -> list[Generation]:
+        """The last ``count`` that began, the newest first."""
+        return list(islice(reversed(self._by_id.values()), count))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Protocol
 
 from fieldmesh.core.model import Chunk, RequestId, Result
@@ -15,6 +16,9 @@ from fieldmesh.rpc.openai import Wanted
 from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.http_door import TRACE_HEADER, Exchange
 from fieldmesh.runtime.service import Service
+
+EXPLAIN = "x-fieldmesh-explain"
+"""The header by which the web page has the reasons of a decision kept, to be asked for afterwards."""
 
 
 class Telling(Protocol):
@@ -46,8 +50,11 @@ async def answer(
     service: Service, exchange: Exchange, wanted: Wanted, telling: Callable[[str], Telling]
 ) -> None:
     """Answer one request; ``telling`` is given the name of the model that does. Raises FieldmeshError."""
-    trace = context_from(exchange.headers.items())
-    async with aclosing(service.ask(wanted.ask, trace=trace)) as items:
+    ask, trace = (
+        replace(wanted.ask, explain=EXPLAIN in exchange.headers),
+        context_from(exchange.headers.items()),
+    )
+    async with aclosing(service.ask(ask, trace=trace)) as items:
         first = await anext(items)
         headers, model = _served_by(service, wanted.ask.request_id, first)
         told = telling(model)

@@ -88,9 +88,10 @@ class Exchange:
         headers: Iterable[tuple[str, str]] = (),
     ) -> None:
         """The whole answer."""
+        bodiless = self.method == "HEAD" or status == 304
         await self._begin(status, content_type, (*headers, ("content-length", str(len(body)))))
         await self._send(
-            {"type": "http.response.body", "body": b"" if self.method == "HEAD" else body, "more_body": False}
+            {"type": "http.response.body", "body": b"" if bodiless else body, "more_body": False}
         )
 
     async def begin(self, content_type: str, headers: Iterable[tuple[str, str]]) -> None:

@@ -52,6 +52,7 @@ from fieldmesh.engine.memory import memory_free_bytes
 from fieldmesh.engine.settings import MIXED_TOKENS, PREFILL_TOKENS, EngineSettings
 from fieldmesh.profiles import Profile
 from fieldmesh.rpc import wire
+from fieldmesh.rpc.admin import status_json
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.runtime import addresses, http_server, inference, log, scrapes
 from fieldmesh.runtime.admin import ADMIN
@@ -192,6 +193,7 @@ class Node:
         self.http_address = await stack.enter_async_context(
             http_server.listening(config.listen.http, self._http)
         )
+        self._announce_addresses()
         await stack.enter_async_context(self._background())
         logger.info(
             "node_started",
@@ -203,6 +205,7 @@ class Node:
             peer=str(self.peer_address),
             metrics=str(self.metrics_address or "off"),
             http=str(self.http_address or "off"),
+            page=f"http://{self.http_address}/" if self.http_address else "off",
         )
 
     @property
@@ -362,6 +365,7 @@ class Node:
         from fieldmesh.runtime.http_door import application
         from fieldmesh.runtime.http_ollama import Ollama
         from fieldmesh.runtime.http_openai import OpenAi
+        from fieldmesh.runtime.http_page import Page
         from fieldmesh.runtime.http_responses import Responses
 
         body_bytes_max = self.config.limits.message_bytes_max
@@ -369,9 +373,15 @@ class Node:
             api(self._service, self._limits, calls=self._calls, body_bytes_max=body_bytes_max)
             for api in (OpenAi, Responses, Ollama)
         ]
+        page = Page(
+            self._service,
+            lambda: status_json(self._agreement.raft_status()),
+            mesh=self.config.node.mesh,
+            calls=self._calls,
+        )
         origins = self.config.listen.http_origins.replace(",", " ").split()
         names = (self.config.node.name, self.config.listen.advertise, socket.gethostname())
-        return application([route for api in apis for route in api.routes()], origins, names)
+        return application([route for part in (*apis, page) for route in part.routes()], origins, names)
 
     # --- news between parts ------------------------------------------------------------------
 
@@ -423,11 +433,11 @@ class Node:
         return addresses.hosts_to_announce(bound.host, peers)
 
     def _announce_addresses(self) -> None:
-        peer_hosts, client_hosts = self._hosts(self.peer_address), self._hosts(self.client_address)
-        self._driver.announce(
-            [Address(host=host, port=self.peer_address.port) for host in peer_hosts],
-            [Address(host=host, port=self.client_address.port) for host in client_hosts],
-        )
+        listeners = (self.peer_address, self.client_address, self.http_address)
+        self._driver.announce(*(self._announced(bound) if bound else () for bound in listeners))
+
+    def _announced(self, bound: Address) -> list[Address]:
+        return [Address(host=host, port=bound.port) for host in self._hosts(bound)]
 
     async def _discover(self) -> None:
         """Look for others, and follow our own addresses, until cancelled."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from asyncio import get_running_loop
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import grpc
 
@@ -17,9 +18,11 @@ from fieldmesh.core.model import Ask, Chunk, Completion, NodeId
 from fieldmesh.core.tracing import SpanKind, TraceContext
 from fieldmesh.engine.port import Started
 from fieldmesh.rpc import inference as wire
+from fieldmesh.rpc.snapshot import Flow
 from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Calls, Context, guarded, guarded_stream, handlers
 from fieldmesh.runtime.gate import caller_of
+from fieldmesh.runtime.generation import KEY_CHARACTERS
 from fieldmesh.runtime.links import Lane, PeerBytes
 from fieldmesh.runtime.moving import Moving
 from fieldmesh.runtime.service import Service
@@ -57,7 +60,7 @@ class Peers:
         deadline_s = context.time_remaining()
         trace = context_from(context.invocation_metadata())
         if request.profile in self._service.local.models.hosted:
-            responses = self._run_here(request, ask, deadline_s, trace)
+            responses = self._run_here(request, ask, path, deadline_s, trace)
         elif request.hops_left > 0 and not request.delivered_token_ids:
             responses = self._pass_on(request, ask, path, deadline_s, trace)
         else:
@@ -77,6 +80,7 @@ class Peers:
         self,
         request: peer_pb2.ForwardRequest,
         ask: Ask,
+        path: tuple[NodeId, ...],
         deadline_s: float | None,
         context: TraceContext | None,
     ) -> AsyncGenerator[peer_pb2.ForwardResponse, None]:
@@ -87,6 +91,15 @@ class Peers:
         name = f"{operation_of(ask)} {model.settings.model_name}"
         span = trace.begin(name, began, asked(ask) | {"fieldmesh.profile": request.profile}, SpanKind.SERVER)
         error = ""
+        guests = self._service.guests
+        guest = Flow(
+            key=request.generation_id[:KEY_CHARACTERS],
+            entry=path[0] if path else entry.node,
+            serving=entry.node,
+            profile=request.profile,
+            state="running",
+        )
+        guests[guest.key] = guest
         events = local.run(
             ask,
             profile=request.profile,
@@ -104,6 +117,7 @@ class Peers:
                         yield peer_pb2.ForwardResponse(admitted=admitted)
                     case Chunk():
                         first_token_at = first_token_at or clock()
+                        guests[guest.key] = guest = replace(guest, tokens=guest.tokens + len(event.token_ids))
                         yield peer_pb2.ForwardResponse(chunk=wire.chunk_to_proto(event))
                     case Completion():
                         ttft_s = first_token_at - began if first_token_at else 0.0
@@ -122,6 +136,7 @@ class Peers:
             error = code_of(failure)
             raise
         finally:
+            guests.pop(guest.key, None)
             await events.aclose()
             trace.end(span, clock(), error=error)
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from random import Random
 
 from fieldmesh.core.dispatch import MOVES_ON, DispatchConfig, Entry, Phase, Start, ViewMoved
@@ -33,6 +34,7 @@ from fieldmesh.core.quota import Quotas
 from fieldmesh.core.routing import Candidate, Need
 from fieldmesh.core.tally import Histogram
 from fieldmesh.core.tracing import Trace, TraceContext
+from fieldmesh.rpc.snapshot import Flow
 from fieldmesh.runtime.forwarding import Forwarder
 from fieldmesh.runtime.generation import AttemptEvent, Generation, GenerationConfig, Generations
 from fieldmesh.runtime.local import LocalRuns
@@ -92,6 +94,8 @@ class Service:
         self.router = router
         self.tracer = tracer
         self.latencies = Latencies()
+        self.guests: dict[str, Flow] = {}
+        """What runs here for other nodes, by key."""
         self._view = view
         self._forwarder = forwarder
         self._rules = rules
@@ -135,6 +139,17 @@ class Service:
         """The trace of a request that entered here; empty where it is not known any more."""
         found = self._generations.get(request_id)
         return "" if found is None else found.trace_id
+
+    def flows(self, count: int) -> list[Flow]:
+        """``count`` requests: those that run here for other nodes, then those that entered here; the newest
+        first."""
+        own = (generation.flow for generation in self._generations.latest(count))
+        return list(islice(chain(reversed(self.guests.values()), own), count))
+
+    def flow(self, request_id: RequestId) -> Flow | None:
+        """One request; None where it is not remembered."""
+        found = self._generations.get(request_id)
+        return found.flow if found is not None else None
 
     async def ask(
         self,
