@@ -19,7 +19,6 @@ from fieldmesh.core.model import (
     NodeState,
 )
 from fieldmesh.rpc.admin import status_json
-from fieldmesh.rpc.openai_answers import encode
 from fieldmesh.rpc.snapshot import Flow, Snapshot, changes, reasons, snapshot
 from fieldmesh.v1 import admin_pb2 as pb
 from tests.core.mesh_views import CODE_OFFER, member, three, view
@@ -42,7 +41,7 @@ FLOW = Flow(key="k", entry=A, serving=B, profile="code", domain="programming", t
 
 
 def told(*members: Member, log: dict[str, object] = LOG, flows: tuple[Flow, ...] = ()) -> Snapshot:
-    return snapshot(view(*(members or three())), mesh="m", log=log, flows=flows)
+    return snapshot(view(*(members or three())), mesh="m", models=["auto", "code"], log=log, flows=flows)
 
 
 def test_a_snapshot_tells_each_node_its_load_and_the_log() -> None:
@@ -50,7 +49,7 @@ def test_a_snapshot_tells_each_node_its_load_and_the_log() -> None:
         engine=EngineState.READY, slots=4, running=3, queued=2, queue_max=8, kv_cells_used=1, kv_cells_total=4
     )
     found = told(*three()[:1], member("b", CODE_OFFER, load=busy, rtt_s=0.00123))
-    assert (found["mesh"], found["local"], found["models"]) == ("m", "a", ["auto", "code", "general", "smol"])
+    assert (found["mesh"], found["local"], found["models"]) == ("m", "a", ["auto", "code"])
     node = found["nodes"]["b"]
     assert (node["name"], node["state"], node["engine"]) == ("b", "alive", "ready")
     assert (node["running"], node["slots"], node["queued"], node["queue_max"]) == (3, 4, 2, 8)
@@ -76,10 +75,7 @@ def test_only_what_changed_is_told_again() -> None:
     assert changes({}, before) == before
     assert changes(before, told(a, b, c)) == {}
     now = told(a, replace(b, state=NodeState.DEAD))
-    assert changes(before, now) == {
-        "models": ["auto", "code", "general", "smol"],
-        "nodes": {"b": now["nodes"]["b"], "c": None},
-    }
+    assert changes(before, now) == {"nodes": {"b": now["nodes"]["b"], "c": None}}
     asked = told(a, b, c, flows=(FLOW,))
     assert changes(before, asked) == {"requests": asked["requests"]}
 
@@ -130,7 +126,7 @@ def test_a_request_is_told_by_where_it_goes_and_the_reasons_only_where_they_are_
     (request,) = told(flows=(flow,))["requests"]
     assert (request["entry"], request["serving"], request["attempts"]) == ("a", "b", 1)
     assert "candidates" not in request
-    document = json.loads(encode(reasons(flow)))
+    document = json.loads(json.dumps(reasons(flow)))
     assert document["attempts"] == [{"node": "a", "name": "a", "reason": "ENGINE_LOST", "tokens": 2}]
     assert (document["classified_domain"], document["classified_confidence"]) == ("programming", 0.988)
     assert document["candidates"] == [

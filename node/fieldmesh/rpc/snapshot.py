@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fieldmesh.core.model import Address, Attempt, Explanation, Member, MeshView, NodeId
-from fieldmesh.rpc.openai import model_names
 
 NODES: Final = "nodes"
 
@@ -43,12 +42,14 @@ class Flow:
     explanation: Explanation | None = None
 
 
-def snapshot(view: MeshView, *, mesh: str, log: dict[str, Any], flows: Sequence[Flow]) -> Snapshot:
-    """Everything that the page draws. ``log`` is ``rpc.admin.status_json``."""
+def snapshot(
+    view: MeshView, *, mesh: str, models: Sequence[str], log: dict[str, Any], flows: Sequence[Flow]
+) -> Snapshot:
+    """Everything that the page draws. ``models`` may be asked for, ``log`` is ``rpc.admin.status_json``."""
     return {
         "mesh": mesh,
         "local": view.local,
-        "models": model_names(view),
+        "models": models,
         NODES: {member.id: _node(member, local=member.id == view.local) for member in view.members},
         "log": _log(log),
         "requests": [_request(flow) for flow in flows],

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from fieldmesh.core.errors import TooManyStreams
 from fieldmesh.core.model import RequestId
+from fieldmesh.rpc.openai import model_names
 from fieldmesh.rpc.openai_answers import encode, error_document, error_event
 from fieldmesh.rpc.snapshot import Snapshot, changes, reasons, snapshot
 from fieldmesh.runtime.door import Calls
@@ -150,9 +151,11 @@ class Page:
         now = asyncio.get_running_loop().time()
         if now - self._made_at >= INTERVAL_S:
             self._made_at = now
+            view = self._service.view
             self._snapshot = snapshot(
-                self._service.view,
+                view,
                 mesh=self._mesh,
+                models=model_names(view),
                 log=self._log(),
                 flows=self._service.flows(FLOWS_MAX),
             )

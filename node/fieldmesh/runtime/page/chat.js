@@ -88,7 +88,7 @@ export function chat(nameOf) {
     painting.now();
     turn.box.removeAttribute("data-running");
     say(turn.meta, facts(told, times));
-    if (told.id) await reasons(turn, told);
+    if (told.id) reasons(turn, told).then(follow); // the next question need not wait for them
     follow();
     return told.text;
   }
