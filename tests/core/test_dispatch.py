@@ -54,14 +54,14 @@ from fieldmesh.core.routing import Candidate, Decision, Policy
 HERE, THERE, ELSEWHERE = NodeId("a" * 32), NodeId("b" * 32), NodeId("c" * 32)
 
 
-def candidate(node: NodeId, fingerprint: str = "f") -> Candidate:
+def candidate(node: NodeId, fingerprint: str = "f", running: int = 0) -> Candidate:
     member = Member(
         id=node,
         name=node[0],
         address=Address(host="127.0.0.1", port=1),
         state=NodeState.ALIVE,
         incarnation=1,
-        load=Load(engine=EngineState.READY, slots=1, queue_max=1),
+        load=Load(engine=EngineState.READY, slots=1, running=running, queue_max=1),
     )
     return Candidate(
         member=member, offer=ProfileOffer(name="p", model="m", fingerprint=fingerprint), score=0.0
@@ -74,6 +74,7 @@ class Mesh:
     def __init__(self, *nodes: NodeId) -> None:
         self.nodes = list(nodes)
         self.fingerprints: dict[NodeId, str] = {}
+        self.running: dict[NodeId, int] = {}
         self.refusal: errors.FieldmeshError = errors.NoCandidate("nobody")
 
     def route(self, failed: frozenset[NodeId], full: frozenset[NodeId]) -> Decision:
@@ -82,7 +83,9 @@ class Mesh:
             raise self.refusal
         return Decision(
             policy=Policy.RANDOM,
-            candidates=tuple(candidate(node, self.fingerprints.get(node, "f")) for node in left),
+            candidates=tuple(
+                candidate(node, self.fingerprints.get(node, "f"), self.running.get(node, 0)) for node in left
+            ),
         )
 
 
@@ -424,6 +427,14 @@ def test_a_stream_stays_where_nobody_else_has_its_model() -> None:
     other = Mesh(THERE, ELSEWHERE)
     other.fingerprints[ELSEWHERE] = "another"
     assert moving(other)[1] == []
+
+
+def test_a_stream_moves_to_where_it_need_not_wait() -> None:
+    mesh = Mesh(THERE, HERE, ELSEWHERE)
+    mesh.running[HERE] = 1
+    assert started(moving(mesh)[1]) == [ELSEWHERE]
+    mesh.running[ELSEWHERE] = 1
+    assert started(moving(mesh)[1]) == [HERE], "a queue is better than nowhere"
 
 
 def test_several_answers_stay_together() -> None:

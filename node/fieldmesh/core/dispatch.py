@@ -485,9 +485,11 @@ class Dispatch:
         except FieldmeshError:
             return []
         wanted = left.offer.name, left.offer.fingerprint
-        found = next((c for c in decision.candidates if (c.offer.name, c.offer.fingerprint) == wanted), None)
-        if found is None:
+        same = [c for c in decision.candidates if (c.offer.name, c.offer.fingerprint) == wanted]
+        if not same:
             return []
+        # The reader waits while it moves: not for a load or a queue, where another can go on at once.
+        found = min(same, key=lambda c: (c.member.load.load_s(c.offer.name), not c.member.load.slots_free))
         self._leaving = _Leaving(epoch=self._epoch, candidate=left, first_index=self._epoch_first_index)
         resumption = Resumption(token_ids=tuple(self._delivered), node=left.member.id, epoch=self._epoch)
         return [self._start(found, resumption)]

@@ -207,11 +207,11 @@ def _worst_s(trial: Trial, timings: Timings) -> float:
 def _best_threads(timings: Timings, limits: Limits) -> int:
     """The fewest that are about as fast as the best, by what was measured of all."""
     counts = [n for n in _contenders(timings, limits) if Trial(n, 1, 1) in timings]
-    shapes = [shape for shape in _shapes(limits) if all(Trial(n, *shape) in timings for n in counts)]
-    weights = (_ANSWER_TOKENS / 2, _ANSWER_TOKENS / 2, _PROMPT_TOKENS / _shapes(limits)[-1][1])
+    alone, full, piece = _shapes(limits)
+    steps = ((alone, _ANSWER_TOKENS / 2), (full, _ANSWER_TOKENS / 2), (piece, _PROMPT_TOKENS / piece[1]))
+    known = [(shape, n) for shape, n in steps if all(Trial(threads, *shape) in timings for threads in counts)]
     costs = {
-        n: sum(w * _took_s(timings, Trial(n, *s)) for s, w in zip(shapes, weights, strict=False))
-        for n in counts
+        threads: sum(n * _took_s(timings, Trial(threads, *shape)) for shape, n in known) for threads in counts
     }
     best = min(costs.values(), default=0.0)
     near = (n for n, cost in costs.items() if cost <= best * FEWER_THREADS_FACTOR)
