@@ -79,6 +79,15 @@ def test_any_node_answers_and_the_loss_of_one_is_survived(cli: Commands, mesh: s
     assert answer["text"]
     assert answer["explanation"]["candidates"]
 
+    # A node that had no part in it tells where the time went.
+    assert cli("trace", "--node", address("health"), "--json", answer["trace_id"]) == 0
+    spans = json.loads(cli.out)["spans"]
+    took_s = {f"{entry['node']}: {entry['name']}": entry["ends_s"] - entry["begins_s"] for entry in spans}
+    steps = ("code: queue", "code: prefill", "code: decode")
+    assert {"general: route", "general: forward code", *steps} <= set(took_s)
+    assert took_s["code: prefill"] > took_s["code: queue"]
+    assert sum(took_s[step] for step in steps) <= took_s["general: forward code"]
+
     greedy = ("--temperature", "0", "--max-tokens", "8", "--json", QUESTION)
     assert cli("ask", "--node", address("code"), *greedy) == 0
     direct = json.loads(cli.out)["text"]
