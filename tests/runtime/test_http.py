@@ -20,6 +20,7 @@ from fieldmesh.core.errors import ConfigError, Status
 from fieldmesh.core.model import Address
 from fieldmesh.rpc.errors import HTTP_STATUSES
 from fieldmesh.runtime import http_door, http_server
+from fieldmesh.runtime.http_protocol import BoundedProtocol
 from fieldmesh.runtime.node import Node
 from tests.runtime.test_node import ANY, Site, idle, new_site, tiny
 
@@ -381,6 +382,20 @@ def test_http_beyond_loopback_needs_the_words_for_it() -> None:
 
 def test_every_status_of_ours_has_one_of_http() -> None:
     assert set(HTTP_STATUSES) == set(Status)
+
+
+async def test_small_parts_are_sent_at_once(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once: list[int] = []
+    made = BoundedProtocol.connection_made
+
+    def connection_made(protocol: BoundedProtocol, transport: asyncio.Transport) -> None:
+        accepted = transport.get_extra_info("socket")
+        at_once.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(protocol, transport)
+
+    monkeypatch.setattr(BoundedProtocol, "connection_made", connection_made)
+    assert status(await said(node, request("GET /health"))) == 200
+    assert at_once == [1]
 
 
 async def test_a_port_that_another_took_between_bind_and_listen_is_a_warning(

@@ -114,7 +114,8 @@ def connections_max() -> int:
 
 def _socket(address: Address) -> socket.socket:
     family, _, _, _, bound = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol in words: asyncio sends what is small at once (TCP_NODELAY) only where it reads TCP there.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
