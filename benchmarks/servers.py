@@ -30,6 +30,7 @@ from fieldmesh.client import AsyncClient
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,27 +136,78 @@ class Ours:
         return answer
 
 
-class Http:
-    """A peer that speaks OpenAI's completions over HTTP."""
+class OverHttp:
+    """Something that speaks OpenAI's completions at ``url``; enter it before asking.
 
-    def __init__(self, kind: str, model: Path, *, setting: str = "default", **options: int) -> None:
-        self.name = kind
-        self.setting = setting
-        self._port = free_port()
-        self._command = [
-            sys.executable, "-m", "benchmarks.servers", kind, "--model", str(model),
-            "--port", str(self._port), "--setting", setting,
-            *(word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))),
-        ]  # fmt: skip
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log = Path(f"/tmp/fieldmesh-bench-{os.getpid()}-{self._port}.log")
+    A fresh connection for each request unless ``keep_alive`` is set.
+    """
+
+    def __init__(self, name: str, url: str, *, keep_alive: bool = False) -> None:
+        self.name = name
+        self._url = url
+        self._keep_alive = keep_alive
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(force_close=not self._keep_alive, limit=0)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def answer(self, prompt: str, tokens: int) -> Answer:
+        assert self._session is not None
+        answer, begun = Answer(), time.perf_counter()
+        body = {
+            "model": "bench",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+            "logit_bias": {},
+        }
+        async with self._session.post(f"{self._url}/v1/completions", json=body) as reply:
+            if reply.status != 200:
+                raise aiohttp.ClientResponseError(reply.request_info, (), status=reply.status)
+            async for event in _events(reply.content):
+                choices = event.get("choices")
+                if isinstance(choices, list) and choices and choices[0].get("finish_reason") is None:
+                    answer.arrivals_s.append(time.perf_counter() - begun)
+                _take_usage(answer, event)
+        answer.duration_s = time.perf_counter() - begun
+        if not answer.completion_tokens:  # llama_cpp.server counts nothing in a stream: an event is a token
+            answer.completion_tokens = len(answer.arrivals_s)
+        if not answer.arrivals_s:
+            answer.arrivals_s.append(answer.duration_s)
+        return answer
+
+
+class Http(OverHttp):
+    """A peer in a process of its own."""
+
+    def __init__(self, kind: str, model: Path, *, setting: str = "default", **options: int) -> None:
+        port = free_port()
+        super().__init__(kind, f"http://127.0.0.1:{port}")
+        self.setting = setting
+        self._command = [
+            sys.executable, "-m", "benchmarks.servers", kind, "--model", str(model),
+            "--port", str(port), "--setting", setting,
+            *(word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))),
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = Path(f"/tmp/fieldmesh-bench-{os.getpid()}-{port}.log")
+
+    async def __aenter__(self) -> Self:
         self._start()
-        connector = aiohttp.TCPConnector(force_close=True, limit=0)
-        timeout = aiohttp.ClientTimeout(total=600)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        await super().__aenter__()
         over = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -171,8 +223,7 @@ class Http:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await super().__aexit__(kind, error, trace)
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -187,34 +238,6 @@ class Http:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-
-    async def answer(self, prompt: str, tokens: int) -> Answer:
-        assert self._session is not None
-        answer, begun = Answer(), time.perf_counter()
-        body = {
-            "model": "bench",
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ignore_eos": True,
-            "logit_bias": {},
-        }
-        async with self._session.post(f"http://127.0.0.1:{self._port}/v1/completions", json=body) as reply:
-            if reply.status != 200:
-                raise aiohttp.ClientResponseError(reply.request_info, (), status=reply.status)
-            async for event in _events(reply.content):
-                choices = event.get("choices")
-                if isinstance(choices, list) and choices and choices[0].get("finish_reason") is None:
-                    answer.arrivals_s.append(time.perf_counter() - begun)
-                _take_usage(answer, event)
-        answer.duration_s = time.perf_counter() - begun
-        if not answer.completion_tokens:  # llama_cpp.server counts nothing in a stream: an event is a token
-            answer.completion_tokens = len(answer.arrivals_s)
-        if not answer.arrivals_s:
-            answer.arrivals_s.append(answer.duration_s)
-        return answer
 
 
 def _take_usage(answer: Answer, event: Mapping[str, object]) -> None:
