@@ -213,7 +213,7 @@ def main() -> int:
     """Measure, print, and say by the exit status whether every aim was met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.door", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON rows to standard output")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of what is compared (default: 5)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of what is compared (default: 7)")
     parser.add_argument("--only", nargs="*", choices=[*MEASURES], help="measure these alone")
     arguments = parser.parse_args()
     bench = Bench(model=profiles.builtin_model(), rounds=arguments.rounds, threads=cpu_budget())
