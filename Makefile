@@ -10,7 +10,8 @@
 #   bench   what benchmarks compare with (make bench)                 requirements/bench.txt
 # Other people's clients have environments of their own (make clients-test): requirements/clients-*.txt
 # Every file is pinned with hashes. Ready-made means wheels only: nothing is compiled by surprise, and the one
-# thing that is compiled uses the pinned tools of `build` instead of fetching its own (--no-build-isolation).
+# thing that is compiled uses the pinned tools of `build` instead of fetching its own (--no-build-isolation). So does
+# PySyncObj, a peer of the benchmarks, which is published as source alone.
 
 PYTHON ?= python3
 VENV := .venv
@@ -209,7 +210,8 @@ $(STEPS)/otel: requirements/otel.txt $(STEPS)/project
 	@touch $@
 
 $(STEPS)/bench: requirements/bench.txt $(STEPS)/dev
-	@$(SETUP) "fetching what benchmarks compare with" --usual "a minute" --log $(CURDIR)/$@.log -- $(READY_MADE) --no-binary pysyncobj -r $<
+	@$(SETUP) "fetching what benchmarks compare with" --usual "a minute" --log $(CURDIR)/$@.log -- \
+	$(READY_MADE) --no-binary pysyncobj --no-build-isolation -r $<
 	@touch $@
 
 $(STEPS)/dev: requirements/dev.txt $(STEPS)/project
