@@ -415,8 +415,8 @@ class Serving:
     def _emit(self, output: Output, now: float) -> list[Any]:
         """The first token goes out at once, then eight at a time, and all of them at the end."""
         job = self._jobs[output.id]
-        job.pending.append(output.token_id)
-        job.index += 1
+        job.pending.extend(output.token_ids)
+        job.index += len(output.token_ids)
         last = output.finish is not None
         if not (last or job.flushed == 0 or len(job.pending) >= FLUSH_TOKENS):
             return []

@@ -169,7 +169,7 @@ async def test_a_repeated_prompt_is_cached_and_answers_the_same(engine: Engine) 
     cold, warm = await ask(engine, job("a", prompt=prompt)), await ask(engine, job("b", prompt=prompt))
     assert cold.completion is not None and warm.completion is not None
     assert cold.completion.usage.cached_tokens == 0
-    assert warm.completion.usage.cached_tokens == warm.completion.usage.prompt_tokens - 2
+    assert warm.completion.usage.cached_tokens == warm.completion.usage.prompt_tokens - 1
     assert warm.token_ids == cold.token_ids
 
 
@@ -235,7 +235,7 @@ async def test_a_sequence_can_be_taken_out_and_gone_on_with(engine: Engine, temp
     assert [*done, *rest.token_ids] == whole.token_ids
     assert rest.completion is not None
     assert rest.completion.usage.completion_tokens == 300
-    assert rest.completion.usage.cached_tokens >= state.header.prompt_tokens - 2
+    assert rest.completion.usage.cached_tokens >= state.header.prompt_tokens - 1
 
 
 async def test_what_does_not_run_cannot_be_taken_out(engine: Engine) -> None:

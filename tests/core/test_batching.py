@@ -60,7 +60,7 @@ class Drive:
         self._begin_transfer(plan)
         if plan.slices:
             self.now += 0.01 + 0.001 * plan.tokens
-            results = [Sampled(id=s.id, token_id=1000 + s.position) for s in plan.slices if s.sample]
+            results = [Sampled(id=s.id, token_ids=(1000 + s.position,)) for s in plan.slices if s.sample]
             self.outputs.extend(self.batcher.commit(results, self.now))
             self.batcher.check()
         return plan
@@ -90,8 +90,12 @@ class Drive:
     def finished(self) -> list[str]:
         return [o.id for o in self.outputs if o.finish is not None]
 
+    def indices(self, name: str) -> list[int]:
+        told = [o for o in self.outputs if o.id == name]
+        return [o.first_token_index + offset for o in told for offset in range(len(o.token_ids))]
+
     def tokens_of(self, name: str) -> int:
-        return sum(o.id == name for o in self.outputs)
+        return len(self.indices(name))
 
 
 # --- steps ---------------------------------------------------------------------------------
@@ -116,9 +120,9 @@ def test_a_stop_ends_the_generation_at_once() -> None:
     drive = Drive()
     drive.submit(work("a", tokens_max=50))
     plan = drive.batcher.plan(0.0)
-    (output,) = drive.batcher.commit([Sampled(id="a", token_id=7, stop=True)], 0.1)
+    (output,) = drive.batcher.commit([Sampled(id="a", token_ids=(7,), stop=True)], 0.1)
     assert plan.tokens == 10
-    assert (output.finish, output.token_index) == (FinishReason.STOP, 0)
+    assert (output.finish, output.first_token_index) == (FinishReason.STOP, 0)
     assert drive.step().slices == ()
 
 
@@ -139,6 +143,17 @@ def test_with_nothing_to_decode_a_prompt_gets_large_steps() -> None:
     assert drive.step().tokens == CONFIG.prefill_tokens
 
 
+@pytest.mark.parametrize(("token_s", "tokens"), [(0.001, 64), (0.01, 50), (0.1, 32)])
+def test_a_slow_model_gets_smaller_steps_so_that_none_takes_long(token_s: float, tokens: int) -> None:
+    batcher, now, lengths = Batcher(CONFIG), 0.0, []
+    batcher.submit(work("long", prompt=250, tokens_max=1), now)
+    while (plan := batcher.plan(now)).slices:
+        now += token_s * plan.tokens
+        lengths.append(plan.tokens)
+        batcher.commit([Sampled(id=s.id, token_ids=(1,)) for s in plan.slices if s.sample], now)
+    assert lengths[:3] == [64, tokens, tokens]
+
+
 def test_a_short_prompt_is_not_held_up_by_a_long_one() -> None:
     drive = Drive()
     drive.submit(work("long", prompt=200), work("short", prompt=8, first=1000))
@@ -147,14 +162,14 @@ def test_a_short_prompt_is_not_held_up_by_a_long_one() -> None:
     assert plan.slices[0].sample
 
 
-def test_resumed_tokens_are_computed_in_small_chunks_after_the_prompt() -> None:
+def test_resumed_tokens_are_computed_as_the_prompt_is() -> None:
     drive = Drive()
     drive.submit(work("a", prompt=20, tokens_max=60, resume_token_ids=tuple(range(500, 545))))
     drive.run()
     lengths = [len(s.token_ids) for p in drive.plans for s in p.slices]
-    assert lengths[:3] == [20, CONFIG.resume_chunk_tokens, 45 - CONFIG.resume_chunk_tokens]
-    assert drive.outputs[0].token_index == 45
-    assert drive.outputs[-1].token_index == 59
+    assert lengths[:3] == [CONFIG.prefill_tokens, 65 - CONFIG.prefill_tokens, 1]
+    assert drive.outputs[0].first_token_index == 45
+    assert drive.outputs[-1].first_token_index == 59
 
 
 def test_an_empty_plan_needs_no_commit() -> None:
@@ -318,7 +333,7 @@ def test_an_interactive_request_takes_the_place_of_a_batch_one() -> None:
     assert (plan.save.slot, len(plan.save.token_ids)) == (0, 69)
     drive.run()
     assert drive.finished() == ["interactive", "batch"]
-    assert [o.token_index for o in drive.outputs if o.id == "batch"] == list(range(50))
+    assert drive.indices("batch") == list(range(50))
 
 
 def test_a_preempted_request_goes_on_from_its_saved_state_without_computing_anything_again() -> None:
@@ -344,7 +359,7 @@ def test_without_a_saved_state_a_preempted_request_is_computed_again(disk: bool)
     drive.submit(work("interactive", prompt=200, first=1000, priority=Priority.INTERACTIVE))
     drive.run()
     assert sum(len(s.token_ids) for p in drive.plans for s in p.slices if s.id == "batch") == 69 + 69 + 40
-    assert [o.token_index for o in drive.outputs if o.id == "batch"] == list(range(50))
+    assert drive.indices("batch") == list(range(50))
 
 
 def test_equals_do_not_take_each_others_place() -> None:
@@ -413,7 +428,7 @@ def test_a_retired_sequence_comes_back_from_its_saved_state() -> None:
     converse(drive, ("a", 0), ("b", 1000), ("again", 0))
     usage = drive.outputs[-1].usage
     assert usage is not None
-    assert usage.cached_tokens == 98
+    assert usage.cached_tokens == 99
     assert [p.fetch for p in drive.plans if p.fetch]
 
 
@@ -424,7 +439,7 @@ def test_while_a_state_is_loaded_others_take_the_slots_that_are_left() -> None:
     drive.submit(work("again", prompt=100), work("new", prompt=20, first=5000, tokens_max=9))
     assert {s.id for s in drive.step().slices} == {"new"}
     drive.run()
-    assert {o.usage.cached_tokens for o in drive.outputs[-9:] if o.usage is not None} >= {98}
+    assert {o.usage.cached_tokens for o in drive.outputs[-9:] if o.usage is not None} >= {99}
 
 
 def test_a_state_that_cannot_be_loaded_is_dropped_and_computed_again() -> None:
@@ -449,7 +464,7 @@ def test_saved_states_are_bounded_by_cells_the_oldest_go_first() -> None:
 def test_a_longer_state_takes_the_place_of_the_shorter_one_that_it_begins_with() -> None:
     drive = Drive(STORING)
     converse(drive, ("a", 0))
-    known = (*range(100), *(o.token_id for o in drive.outputs), *range(2000, 2075))
+    known = (*range(100), *(t for o in drive.outputs for t in o.token_ids), *range(2000, 2075))
     drive.submit(Work(id="longer", prompt_token_ids=known, tokens_max=5))
     drive.run()
     (name,) = drive.batcher.cache.stored
@@ -477,7 +492,7 @@ def test_a_state_from_elsewhere_is_used_like_an_own_one() -> None:
 def test_a_cache_that_cannot_be_cut_gives_whole_sequences_or_nothing() -> None:
     drive = Drive(replace(STORING, cuttable=False))
     converse(drive, ("a", 0))
-    known = (*range(100), *(o.token_id for o in drive.outputs), *range(2000, 2020))
+    known = (*range(100), *(t for o in drive.outputs for t in o.token_ids), *range(2000, 2020))
     drive.submit(Work(id="next turn", prompt_token_ids=known, tokens_max=2))
     drive.run()
     drive.submit(work("other turn", prompt=90))
@@ -490,7 +505,7 @@ def test_what_a_slot_does_not_hold_after_all_is_computed() -> None:
     drive = Drive()
     converse(drive, ("a", 0))
     drive.submit(work("b", prompt=100))
-    assert drive.batcher.plan(drive.now).tokens == 2
+    assert drive.batcher.plan(drive.now).tokens == 1
     (piece,) = drive.batcher.restart([0])
     assert (piece.position, len(piece.token_ids)) == (0, CONFIG.prefill_tokens)
     drive.batcher.check()
@@ -635,12 +650,12 @@ def test_an_interactive_request_does_not_wait_for_a_batch_ones_prefix() -> None:
     assert "interactive" in {s.id for s in drive.step().slices}
 
 
-def test_the_last_tokens_of_a_known_prompt_are_computed_again() -> None:
+def test_the_last_token_of_a_known_prompt_is_computed_again() -> None:
     drive = Drive()
     drive.submit(work("a", prompt=50))
     drive.run()
     drive.submit(work("b", prompt=50))
-    assert drive.step().tokens == 2
+    assert drive.step().tokens == 1
 
 
 def test_a_short_common_prefix_is_not_worth_it() -> None:
@@ -668,7 +683,7 @@ def test_new_work_overwrites_the_prefix_used_least_recently() -> None:
     drive.submit(work("new", prompt=20, first=9000))
     drive.run()
     drive.submit(*(work(f"again{i}", prompt=20, first=1000 * i) for i in range(CONFIG.slots)))
-    assert sorted(p.keep_tokens for p in drive.step().places) == [0, 18, 18, 18]
+    assert sorted(p.keep_tokens for p in drive.step().places) == [0, 19, 19, 19]
 
 
 def test_resident_prefixes_give_way_when_cells_are_needed() -> None:
@@ -710,7 +725,7 @@ def test_committing_without_a_plan_or_with_foreign_results_raises() -> None:
     drive.submit(work("a"))
     drive.batcher.plan(0.0)
     with pytest.raises(AssertionError, match="not what was planned"):
-        drive.batcher.commit([Sampled(id="b", token_id=1)], 0.0)
+        drive.batcher.commit([Sampled(id="b", token_ids=(1,))], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -724,7 +739,6 @@ def test_committing_without_a_plan_or_with_foreign_results_raises() -> None:
         ({"cells_total": 5000}, "cells_total"),
         ({"queue_max": -1}, "queue_max"),
         ({"ageing_s": 0.0}, "ageing_s"),
-        ({"resume_chunk_tokens": 0}, "resume_chunk_tokens"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused(change: dict[str, float], field: str) -> None:
@@ -748,6 +762,78 @@ def test_load_counts_what_is_pending_and_how_fast_it_goes() -> None:
     assert load.prefill_tokens_per_s == pytest.approx(8 / 0.018)
     drive.step(), drive.step(), drive.step()
     assert drive.batcher.load().decode_tokens_per_s == pytest.approx(1 / 0.011)
+
+
+# --- drafts --------------------------------------------------------------------------------
+
+REPEATING = Work(id="a", prompt_token_ids=tuple(range(100, 120)) * 2, tokens_max=30)
+
+
+def drawn(plan: StepPlan, kept: int, then: int = 7) -> list[Sampled]:
+    """The first tokens of the only slice's draft, and another one."""
+    (piece,) = plan.slices
+    return [Sampled(id=piece.id, token_ids=(*piece.draft[:kept], then))]
+
+
+def decoding_alone(config: BatcherConfig = CONFIG, one: Work = REPEATING) -> Batcher:
+    """A batcher in which ``one`` has drawn its first token: the one that its prompt repeats."""
+    batcher = Batcher(config)
+    batcher.submit(one, 0.0)
+    batcher.commit(drawn(batcher.plan(0.0), 0, then=100), 0.1)
+    return batcher
+
+
+def test_a_sequence_that_is_alone_gets_a_draft_where_it_repeats_itself() -> None:
+    batcher = decoding_alone()
+    plan = batcher.plan(0.1)
+    (piece,) = plan.slices
+    assert (piece.position, piece.token_ids, piece.draft) == (40, (100,), tuple(range(101, 116)))
+    assert plan.tokens == 16
+    (output,) = batcher.commit(drawn(plan, 3), 0.2)
+    assert (output.first_token_index, output.token_ids) == (1, (101, 102, 103, 7))
+    batcher.check()
+    (after,) = batcher.plan(0.2).slices
+    assert (after.position, after.token_ids) == (44, (7,))
+
+
+def test_of_a_draft_that_fails_nothing_counts_as_computed() -> None:
+    batcher = decoding_alone()
+    batcher.commit(drawn(batcher.plan(0.1), 0), 0.2)
+    assert batcher.position("a") == (0, 41, [*REPEATING.prompt_token_ids, 100, 7], "")
+
+
+def test_a_draft_leaves_room_for_the_last_token() -> None:
+    batcher = decoding_alone(one=replace(REPEATING, tokens_max=5))
+    plan = batcher.plan(0.1)
+    assert plan.slices[0].draft == (101, 102, 103)
+    (output,) = batcher.commit(drawn(plan, 3), 0.2)
+    assert output.finish is FinishReason.LENGTH
+    assert output.usage is not None
+    assert output.usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize("other", ["running", "waiting"])
+def test_nobody_else_pays_for_a_draft(other: str) -> None:
+    batcher = decoding_alone(CONFIG if other == "running" else replace(CONFIG, slots=1, cells_total=256))
+    batcher.submit(work("b", prompt=5, first=1000), 0.1)
+    plan = batcher.plan(0.1)
+    assert len(plan.slices) == (2 if other == "running" else 1)
+    assert [s.draft for s in plan.slices] == [()] * len(plan.slices)
+
+
+@pytest.mark.parametrize("change", [{"draft_tokens_max": 0}, {"cuttable": False}])
+def test_there_are_no_drafts_where_they_are_not_wanted_or_could_not_be_taken_back(
+    change: dict[str, int],
+) -> None:
+    batcher = decoding_alone(replace(CONFIG, **change))
+    assert batcher.plan(0.1).slices[0].draft == ()
+
+
+def test_what_was_drawn_must_follow_the_draft() -> None:
+    batcher = decoding_alone()
+    batcher.plan(0.1)
+    with pytest.raises(AssertionError):
+        batcher.commit([Sampled(id="a", token_ids=(101, 99, 103))], 0.2)
 
 
 # --- properties ----------------------------------------------------------------------------
@@ -813,7 +899,7 @@ def test_every_request_ends_exactly_once_with_all_its_tokens(works, actions, slo
         drive.batcher.load(), running=0, queued=0, kv_cells_used=0, pending_decode_tokens=0
     )
     for name, indices in expected.items():
-        got = [o.token_index for o in drive.outputs if o.id == name]
+        got = drive.indices(name)
         if name in cancelled:
             assert got == indices[: len(got)]
             assert name not in drive.finished()
@@ -886,11 +972,15 @@ def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works, stored, cutt
             for piece in slices:
                 assert len(slots[piece.slot]) == piece.position
                 slots[piece.slot].extend(piece.token_ids)
+                assert not piece.draft or (cuttable and len(slices) == 1)
                 assert slots[piece.slot] == truth[piece.id][: len(slots[piece.slot])]
-                assert len(slots[piece.slot]) <= CONFIG.context_tokens
-                if piece.sample:
-                    results.append(Sampled(id=piece.id, token_id=7000 + len(truth[piece.id])))
-                    truth[piece.id].append(results[-1].token_id)
+                assert len(slots[piece.slot]) + len(piece.draft) <= CONFIG.context_tokens
+                if piece.sample:  # answers repeat themselves, so that there are drafts, of which some hold
+                    held = piece.draft[: random.randint(0, len(piece.draft))]
+                    said = len(truth[piece.id]) + len(held)
+                    results.append(Sampled(id=piece.id, token_ids=(*held, 7000 + said % 5)))
+                    truth[piece.id].extend(results[-1].token_ids)
+                    slots[piece.slot].extend(held)
             now += 0.01
             batcher.commit(results, now)
             batcher.check()
@@ -928,14 +1018,3 @@ def test_nothing_starves_while_interactive_requests_keep_coming(works, stored, d
     else:
         raise AssertionError("starved")
     assert drive.now < 40.0
-
-
-def test_no_token_of_a_prompt_is_computed_alone() -> None:
-    for prompt in range(2, 140):
-        drive = Drive()
-        drive.submit(work("running", prompt=2, tokens_max=100))
-        drive.step()
-        drive.submit(work("long", prompt=prompt, first=1000))
-        while not (sliced := [s for s in drive.step().slices if s.id == "long"])[0].sample:
-            assert len(sliced[0].token_ids) >= 2, prompt
-        assert len(sliced[0].token_ids) >= 2, prompt

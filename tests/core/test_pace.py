@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fieldmesh.core.pace import Pace
+from fieldmesh.core.pace import DRAFT_PRICE, Pace
 
 
 def test_nothing_is_known_before_the_first_step() -> None:
@@ -52,3 +52,14 @@ def test_a_step_without_duration_is_ignored() -> None:
     pace = Pace(1)
     pace.observe(decoding=1, prefill_tokens=0, duration_s=0.0)
     assert pace.decode_tokens_per_s(1) == 0.0
+
+
+def test_the_price_of_a_draft_is_what_a_step_with_it_takes_longer() -> None:
+    pace = Pace(1)
+    pace.observe_draft(drafted=10, duration_s=0.09)
+    assert pace.draft_price == DRAFT_PRICE  # nothing to compare with
+    pace.observe(decoding=1, prefill_tokens=0, duration_s=0.01)
+    for _ in range(60):
+        pace.observe_draft(drafted=10, duration_s=0.09)
+    assert pace.draft_price == pytest.approx(0.8, rel=0.01)
+    assert pace.prefill_tokens_per_s == 0

@@ -183,7 +183,7 @@ def test_a_retired_sequence_comes_back_as_it_was(
 
 
 def test_saved_states_outlive_the_engine(tiny_model: Path, quiet: Bench, tmp_path: Path) -> None:
-    for cached in (0, 401):
+    for cached in (0, 402):
         bench = make_bench(tiny_model, slots=1, state_bytes_max=KEPT, state_folder=str(tmp_path))
         key = bench.ask((*STORY, 5, 6, 7))
         bench.run()

@@ -1,6 +1,7 @@
-"""Greedy answers do not depend on who else is there.
+"""Answers do not depend on who else is there, on interruptions, or on guesses.
 
-Goal: the logits behind every token are bit-identical in a crowd and alone, with prefixes computed and reused.
+Goal: the logits behind every token are bit-identical in a crowd and alone, with prefixes computed and reused,
+resumed after any token, and where a draft foresaw it.
 Method: the engine's loop over the real model in this process; requests join a running batch at random steps,
 and every row that is drawn from is compared with that of a quiet run.
 """
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from fieldmesh.core.model import Adapter, Message, Prompt, Sampling
-from fieldmesh.engine.frames import Submit
+from fieldmesh.engine.frames import Submit, Tokens
 from fieldmesh.engine.llama import LlamaModel, Sampler
 from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
 from fieldmesh.engine.port import Job
@@ -32,6 +33,11 @@ QUESTIONS = (
     "Tell me about the city of Lisbon",
 )
 TOKENS = 24
+GREEDY = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+SEEDED = Sampling(temperature=0.9, seed=5, max_tokens=TOKENS, ignore_eos=True)
+COPIED = (
+    "Alder, birch, cedar, elm, hazel, larch, maple, oak, pine, rowan, spruce, willow. " * 2 + "Alder, birch,"
+)
 SYSTEM_PROMPT = "You are a careful helper. Answer in full sentences, and say so where you are not sure."
 
 
@@ -58,6 +64,8 @@ class Bench:
         self._keys = itertools.count(1)
         self._clock = itertools.count()
         self._coming = 0
+        self.answers: dict[int, list[int]] = {}
+        self.drafted = 0
         plain = self.model.sampler
 
         def sampler(
@@ -76,18 +84,35 @@ class Bench:
 
     def ask(self, question: str) -> list[bytes]:
         """Submit a question; the list fills with the logits of its tokens."""
+        return self.submit(Prompt(messages=(Message(role="user", content=question),)), GREEDY)
+
+    def submit(self, prompt: Prompt, sampling: Sampling, resumed: Sequence[int] = ()) -> list[bytes]:
+        """The same for any prompt, after tokens that were delivered before."""
         self._coming = next(self._keys)
-        self._rows[self._coming] = []
-        prompt = Prompt(messages=(Message(role="user", content=question),))
-        sampling = Sampling(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-        job = Job(generation_id=str(self._coming), prompt=prompt, sampling=sampling)
+        self._rows[self._coming], self.answers[self._coming] = [], [*resumed]
+        job = Job(
+            generation_id=str(self._coming), prompt=prompt, sampling=sampling, resume_token_ids=tuple(resumed)
+        )
         self.loop.handle(Submit(self._coming, job, None), next(self._clock))
         return self._rows[self._coming]
+
+    def finish(
+        self, prompt: Prompt, sampling: Sampling, resumed: Sequence[int] = ()
+    ) -> tuple[list[int], list[bytes]]:
+        """An answer that runs alone: all of its tokens, and the logits of those that were drawn."""
+        rows = self.submit(prompt, sampling, resumed)
+        key = self._coming
+        while self.step():
+            pass
+        return self.answers[key], rows
 
     def step(self) -> bool:
         plan, _ = self.loop.plan(next(self._clock))
         if plan.slices:
-            self.loop.run(plan, lambda: next(self._clock))
+            self.drafted += sum(len(s.draft) for s in plan.slices)
+            for report in self.loop.run(plan, lambda: next(self._clock)):
+                if isinstance(report, Tokens):
+                    self.answers[report.key].extend(report.token_ids)
         return bool(plan.slices)
 
 
@@ -133,3 +158,34 @@ def test_an_answer_in_a_crowd_is_bit_identical_to_the_same_answer_alone(bench: B
     ]
     assert different == []
     assert np.isfinite(np.frombuffer(asked[0][1][0], dtype=np.float32)).any()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_stream_that_is_resumed_after_any_token_goes_on_bit_identically(
+    bench: Bench, sampling: Sampling
+) -> None:
+    prompt = Prompt(messages=(Message(role="user", content=QUESTIONS[4]),))
+    whole, rows = bench.finish(prompt, sampling)
+    for delivered in (1, 2, 9, 17, TOKENS - 1):
+        assert bench.finish(prompt, sampling, whole[:delivered]) == (whole, rows[delivered:]), delivered
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("penalty", [1.0, 1.1])
+def test_drafts_change_neither_tokens_nor_logits(temperature: float, penalty: float) -> None:
+    told = []
+    for draft_tokens_max in (0, 15):
+        bench = Bench(
+            EngineSettings(
+                model_path=str(builtin_model()), context_tokens=512, draft_tokens_max=draft_tokens_max
+            )
+        )
+        sampling = Sampling(
+            temperature=temperature, seed=3, repetition_penalty=penalty, max_tokens=64, ignore_eos=True
+        )
+        told.append(bench.finish(Prompt(text=COPIED), sampling))
+        assert (bench.drafted > 0) is (draft_tokens_max > 0)
+        bench.model.close()
+    assert told[0] == told[1]

@@ -193,8 +193,8 @@ def test_a_simulator_can_drive_the_scheduler_without_the_loop() -> None:
     while (plan := batcher.plan(now)).slices:
         now += cost.step_s(plan)
         for output in batcher.commit(sample_step(plan, digests, indices, 100), now):
-            indices[output.id] = output.token_index + 1
-            tokens.append(output.token_id)
+            indices[output.id] = output.first_token_index + len(output.token_ids)
+            tokens.extend(output.token_ids)
     assert tokens == [token_at(digests["1"], index, 100) for index in range(10)]
     assert 0.1 < now < 0.3
 

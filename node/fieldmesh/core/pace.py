@@ -8,15 +8,19 @@ from __future__ import annotations
 _WEIGHT_OF_NEWEST = 0.1
 """Share of the newest observation in a smoothed value (a guess: about the last ten steps count)."""
 
+DRAFT_PRICE = 0.5
+"""What a guessed token costs until it is measured, in steps of one token (SmolLM2, two cores: 0.4 to 0.6)."""
+
 
 class Pace:
-    """Speeds of one engine. 0 means not yet known."""
+    """Speeds of one engine (0 means not yet known), and what a guessed token costs in steps of one token."""
 
-    __slots__ = ("_decode_step_s", "prefill_tokens_per_s")
+    __slots__ = ("_decode_step_s", "draft_price", "prefill_tokens_per_s")
 
     def __init__(self, slots: int) -> None:
         self._decode_step_s = [0.0] * (slots + 1)
         self.prefill_tokens_per_s = 0.0
+        self.draft_price = DRAFT_PRICE
 
     def observe(self, *, decoding: int, prefill_tokens: int, duration_s: float) -> None:
         """Learn from one step that decoded ``decoding`` sequences and prefilled ``prefill_tokens``."""
@@ -32,6 +36,11 @@ class Pace:
         self.prefill_tokens_per_s = _smooth(
             self.prefill_tokens_per_s, prefill_tokens / (duration_s - beside_s), share
         )
+
+    def observe_draft(self, *, drafted: int, duration_s: float) -> None:
+        """Learn from one step that computed so many guessed tokens beside the next one of a lone sequence."""
+        if step_s := self._step_s(1):
+            self.draft_price = _smooth(self.draft_price, max(0.0, duration_s / step_s - 1) / drafted)
 
     def decode_tokens_per_s(self, decoding: int) -> float:
         """One stream's speed with ``decoding`` streams in the batch (0 counts as 1)."""

@@ -5,10 +5,11 @@ Owns: the two records. Must not: decide anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fieldmesh.core.lookup import Lookup
 from fieldmesh.core.model import Usage
-from fieldmesh.core.steps import SLICE_TOKENS_MIN, Work
+from fieldmesh.core.steps import Work
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Running:
     queue_s: float = 0.0
     paused: bool = False
     ended: bool = False
+    lookup: Lookup = field(default_factory=Lookup)
 
     @property
     def outstanding(self) -> int:
@@ -59,7 +61,5 @@ class Waiting:
 
     @property
     def keep_max(self) -> int:
-        """How many tokens may be reused: the next token's logits are needed, and none of a prompt's tokens
-        is computed alone."""
-        behind_prompt = len(self.tokens) > len(self.work.prompt_token_ids)
-        return len(self.tokens) - (1 if behind_prompt else SLICE_TOKENS_MIN)
+        """How many tokens may be reused: the logits after the last are needed."""
+        return len(self.tokens) - 1

@@ -51,7 +51,7 @@ def sample_step(
     """One result for each slice that samples; ``indices`` holds every generation's next token index.
     Generations that are not in ``digests`` (cancelled meanwhile) get none."""
     return tuple(
-        Sampled(id=s.id, token_id=token_at(digests[s.id], indices[s.id], vocabulary_tokens))
+        Sampled(id=s.id, token_ids=(token_at(digests[s.id], indices[s.id], vocabulary_tokens),))
         for s in plan.slices
         if s.sample and s.id in digests
     )

@@ -79,6 +79,10 @@ class FakeModel:
         """Nothing is computed, so nothing needs its place."""
         return []
 
+    def cut(self, slot: int, keep_tokens: int) -> bool:
+        """Nothing is computed, so nothing has to go."""
+        return True
+
     def state_bytes(self, slot: int) -> int:
         """A state says nothing, and takes little room."""
         return FAKE_STATE_BYTES

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fieldmesh.core.model import Logprobs, Sampling, ToolCallPart
 from fieldmesh.core.reasoning import AnswerStream
+from fieldmesh.core.tools import merged
 
 if TYPE_CHECKING:
     from fieldmesh.engine.loop import Drawn, Draws
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @dataclass(slots=True, kw_only=True)
 class Generation:
     """``index`` counts its tokens, ``close_tokens`` end a reasoning that has become too long, a ``single``
-    call ends the answer."""
+    call ends the answer. ``text``, ``reasoning``, ``tool_calls`` and ``logprobs`` are those of one step."""
 
     key: int
     sampling: Sampling
@@ -45,13 +46,21 @@ class Generation:
         behind = stream.reasoning_tokens - most
         return self.close_tokens[behind] if behind < len(self.close_tokens) else None
 
+    def begin_step(self) -> None:
+        """What was taken in the last step is told."""
+        self.text = self.reasoning = ""
+        self.logprobs, self.tool_calls = (), ()
+
     def take(self, drawn: Drawn, piece: bytes) -> bool:
-        """Add a token's text; True if the generation ends with it."""
+        """Add a token's text to that of this step; True if the generation ends with it."""
         self.index += 1
-        self.logprobs = (drawn.logprobs,) if drawn.logprobs else ()
+        if drawn.logprobs:
+            self.logprobs += (drawn.logprobs,)
         if drawn.token_id in self.stop_tokens:
-            self.reasoning, self.text, self.tool_calls = "", "", ()
             return True
-        self.reasoning, self.text, self.tool_calls = self.stream.push(piece)
+        reasoning, text, calls = self.stream.push(piece)
+        self.reasoning, self.text = self.reasoning + reasoning, self.text + text
+        if calls:
+            self.tool_calls = merged((*self.tool_calls, *calls))
         called = self.single and self.stream.calls > 0
         return drawn.ends or called or bool(self.stream.matched_stop)

@@ -41,6 +41,10 @@ STDERR_BYTES_MAX = 4096
 LOADING_CRASHES_MAX = 5
 """Crashes in a row before a model was ever there: it is likely to be the file, and the next try would be the
 same. One that the kernel kills for memory does not count: there may be more of it later."""
+WAITING = {"GOMP_SPINCOUNT": "300"}
+"""How long llama.cpp's threads spin for each other before they sleep (some microseconds; a user's own setting
+comes first). By default they spin for milliseconds: where something else wants a core, the one that is waited
+for does not run meanwhile, at each of a step's hundreds of meetings."""
 WATCHDOG_TICKS = 4
 """Pings within ``watchdog_s``. Silence is counted in ticks, not read from a clock: a host that was itself
 frozen counts one tick, however long it slept."""
@@ -131,7 +135,7 @@ class EngineProcess(EngineFront):
                 "--parent", str(os.getpid()), "--exchange", str(self._exchange.fd),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(), self._exchange.fd),
-                env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"},
+                env={**WAITING, **os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         self._process, self.pid = process, process.pid
         watchdog = asyncio.create_task(self._kill_when_stuck(process), name="engine-watchdog")

@@ -3,12 +3,14 @@
 Owns: the model, the context, its batch, samplers, pieces of tokens, the library's log. Must not: schedule,
 speak to the host, or know what a generation is. One thread owns a LlamaModel.
 
-The KV cache is one stream a slot (``kv_unified`` off) and flash attention is off unless asked for: on a CPU
-a sequence's logits are then bit-identical whatever shares its step and however its prompt was chunked
-(measured with Q4_1 weights: chunks of 1 to 512, 1 to 300 foreign tokens in the step, 1 to 4 decoders; F32
-weights differ in the last bit between steps of one token and of more). The library puts
-sequences into one pass only where their ids are consecutive, so rows go in by slot and the scheduler
-prefers neighbouring slots.
+The KV cache is one stream a slot (``kv_unified`` off), flash attention is off unless asked for, and the
+library is built without llamafile's matrix code (requirements/engine.cmake). On a CPU a sequence's logits are
+then bit-identical whatever shares its step, however its tokens were cut into steps, and whether they were
+drawn here or came with the request. Measured with SmolLM2's Q4_1 weights on x86: slices of 1 to 512 tokens,
+1 to 15 decoders beside them. With that code, a token computed alone differed from one among others by up to
+0.6 in a logit. Not promised: for K-quants, which have code of their own for eight tokens and more, for Arm's
+matrix instructions, and for GPUs. The library puts sequences into one pass only where their ids are
+consecutive, so rows go in by slot and the scheduler prefers neighbouring slots.
 """
 
 from __future__ import annotations
@@ -67,7 +69,6 @@ class LlamaModel:
         _set_adapters(self._model, self._context, settings.adapters)
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(settings.step_tokens_max, 0, 1)
-        self._logits = np.empty((settings.slots, self.vocabulary_tokens), dtype=np.float32)
         self._token_ids = np.arange(self.vocabulary_tokens, dtype=np.int32)
         self._candidates = np.empty(
             self.vocabulary_tokens, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)]
@@ -202,14 +203,14 @@ class LlamaModel:
                     self._copy_bytes = self._copy_out(place.source)
                     copied = place.source
                 done = self.load_state(place.slot, self._copy[: self._copy_bytes])
-            if not done or not self._cut(place.slot, place.keep_tokens):
+            if not done or not self.cut(place.slot, place.keep_tokens):
                 lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
                 failed.append(place.slot)
             if place.slot == copied:
                 copied = -1
         return failed
 
-    def _cut(self, slot: int, keep_tokens: int) -> bool:
+    def cut(self, slot: int, keep_tokens: int) -> bool:
         """Keep the first tokens of a slot and no others; False where the cache cannot do that."""
         if keep_tokens == 0:
             return bool(lib.llama_memory_seq_rm(self._memory, slot, -1, -1))
@@ -257,27 +258,11 @@ class LlamaModel:
         return bool(lib.llama_state_seq_set_data(self._context, data, len(state), slot))
 
     def run(self, slices: Sequence[Slice]) -> dict[str, int]:
-        """Compute one step. Returns the row of the logits of every slice that samples, by id.
-
-        All single tokens go through the library at once, each longer slice by itself. In one batch the
-        library would peel a token off every slice to go along with the single ones, and a token alone
-        takes another path through its matrix code than one among others: what an answer says would then
-        depend on who else was there.
-        """
-        singles = [piece for piece in slices if len(piece.token_ids) == 1]
-        others = [[piece] for piece in slices if len(piece.token_ids) > 1]
-        rows: dict[str, int] = {}
-        for group in ([singles] if singles else []) + others:
-            for identity, batch_row in self._decode(group).items():
-                rows[identity] = len(rows)
-                self._logits[rows[identity]] = self._computed_logits(batch_row)
-        return rows
-
-    def _decode(self, slices: Sequence[Slice]) -> dict[str, int]:
-        """One pass of the library; the batch's row of every slice that samples."""
+        """Compute one step. Returns the row of the logits of every slice that samples, by id; those after the
+        tokens of its draft follow."""
         batch, row, rows = self._batch, 0, {}
         for piece in sorted(slices, key=lambda s: s.slot):
-            for offset, token in enumerate(piece.token_ids):
+            for offset, token in enumerate(piece.token_ids + piece.draft):
                 batch.token[row] = token
                 batch.pos[row] = piece.position + offset
                 batch.n_seq_id[row] = 1
@@ -285,19 +270,14 @@ class LlamaModel:
                 batch.logits[row] = 0
                 row += 1
             if piece.sample:
-                batch.logits[row - 1] = 1
-                rows[piece.id] = row - 1
+                rows[piece.id] = row - 1 - len(piece.draft)
+                for drawn_from in range(rows[piece.id], row):
+                    batch.logits[drawn_from] = 1
         batch.n_tokens = row
         code = lib.llama_decode(self._context, batch)
         if code != 0:
             raise Internal(f"llama_decode returned {code} for {row} tokens: {'; '.join(_log_lines)}")
         return rows
-
-    def _computed_logits(self, batch_row: int) -> Logits:
-        """A view of the library's own memory, which its next pass overwrites."""
-        pointer = lib.llama_get_logits_ith(self._context, batch_row)
-        logits: Logits = np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
-        return logits
 
     def sampler(
         self,
@@ -311,15 +291,17 @@ class LlamaModel:
         return Sampler(self, sampling, seed, resumed, prompt, walk)
 
     def logits(self, row: int) -> Logits:
-        """The logits of one row of the last step; the next step overwrites them."""
-        logits: Logits = self._logits[row]
+        """The logits of one row of the last step, in the library's own memory: the next step overwrites them,
+        and what draws from them may."""
+        pointer = lib.llama_get_logits_ith(self._context, row)
+        logits: Logits = np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
         return logits
 
     def choose(self, chain: lib.llama_sampler_p, row: int) -> int:
         """The token that a chain of samplers draws from one row, accepted by the chain."""
         candidates = self._candidates
         candidates["id"] = self._token_ids
-        candidates["logit"] = self._logits[row]
+        candidates["logit"] = self.logits(row)
         candidates["p"] = 0.0
         data = candidates.ctypes.data_as(ctypes.POINTER(lib.llama_token_data))
         array = lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)

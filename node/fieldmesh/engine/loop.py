@@ -147,7 +147,11 @@ class Model(Protocol):
         ...
 
     def run(self, slices: Sequence[Slice]) -> Mapping[str, int]:
-        """Compute a step; the row of every slice that samples, by id."""
+        """Compute a step; the row of every slice that samples, by id, with those of its draft behind it."""
+        ...
+
+    def cut(self, slot: int, keep_tokens: int) -> bool:
+        """Keep the first tokens of a slot and no others; False where the cache cannot do that."""
         ...
 
     def sampler(
@@ -484,38 +488,52 @@ class EngineLoop:
         rows = self._model.run(slices)
         sampled: list[Sampled] = []
         reports: list[Report] = []
-        for generation_id, row in rows.items():
-            if generation := self._generations.get(generation_id):
+        for piece in slices:
+            if piece.sample and (generation := self._generations.get(piece.id)):
                 try:
-                    drawn = generation.sampler.draw(row, generation.index, generation.forced)
+                    sampled.append(self._draw(generation, piece, rows[piece.id]))
                 except ConstraintInvalid as error:
                     reports.append(failed(generation.key, error))
-                    self.batcher.cancel(generation_id)
-                    self._forget(generation_id)
-                    continue
-                stop = generation.take(drawn, self._model.piece(drawn.token_id))
-                sampled.append(Sampled(id=generation_id, token_id=drawn.token_id, stop=stop))
+                    self.batcher.cancel(piece.id)
+                    self._forget(piece.id)
         now = clock()
         for output in self.batcher.commit(sampled, now):
             reports.extend(self._report(output))
-        decoded = sum(s.position > 0 and len(s.token_ids) == 1 for s in plan.slices)
+        decoded = sum(s.decodes for s in slices)
         timing = StepTiming(
             duration_s=now - began,
             interval_s=now - self._stepped_at,
             decoded=decoded,
-            prefilled=plan.tokens - decoded,
-            sampled=len(sampled),
+            prefilled=sum(len(s.token_ids) for s in slices) - decoded,
+            sampled=sum(len(s.token_ids) for s in sampled),
         )
         self._stepped_at = now
         reports.append(Statistics(self.batcher.load(), self.batcher.steps, timing))
         return reports
 
+    def _draw(self, generation: Generation, piece: Slice, row: int) -> Sampled:
+        """Draw the next token, and as many as the draft foresaw; the rest of the draft leaves the slot."""
+        generation.begin_step()
+        drawn_ids: list[int] = []
+        try:
+            for offset, expected in enumerate((*piece.draft, None)):
+                drawn = generation.sampler.draw(row + offset, generation.index, generation.forced)
+                stop = generation.take(drawn, self._model.piece(drawn.token_id))
+                drawn_ids.append(drawn.token_id)
+                if stop or drawn.token_id != expected:
+                    break
+        finally:
+            if piece.draft:
+                kept = len(piece.token_ids) + max(0, len(drawn_ids) - 1)
+                self._model.cut(piece.slot, piece.position + kept)
+        return Sampled(id=piece.id, token_ids=tuple(drawn_ids), stop=stop)
+
     def _report(self, output: Output) -> list[Report]:
         generation = self._generations[output.id]
         key, reasoning, text = generation.key, generation.reasoning, generation.text
-        tokens, calls = (output.token_id,), generation.tool_calls
+        tokens, first, calls = output.token_ids, output.first_token_index, generation.tool_calls
         if output.finish is None:
-            return [Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning, calls)]
+            return [Tokens(key, first, tokens, text, generation.logprobs, reasoning, calls)]
         assert output.usage is not None
         self._forget(output.id)
         last_reasoning, last_text, last_calls = generation.stream.finish()
@@ -526,7 +544,7 @@ class EngineLoop:
             seed=generation.seed,
         )
         reasoning, text, calls = reasoning + last_reasoning, text + last_text, merged((*calls, *last_calls))
-        last = Tokens(key, output.token_index, tokens, text, generation.logprobs, reasoning, calls)
+        last = Tokens(key, first, tokens, text, generation.logprobs, reasoning, calls)
         return [last, Done(key, completion)]
 
     def _forget(self, generation_id: str) -> Generation | None:

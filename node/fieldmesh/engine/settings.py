@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fieldmesh.core.errors import ConfigError
 from fieldmesh.core.model import Adapter
-from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, BatcherConfig
+from fieldmesh.core.steps import BatcherConfig
 
 KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32}
 """Types of cells in the KV cache, with the bytes that a value takes."""
@@ -22,6 +22,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "threads": (1, 512),
     "prefill_tokens": (16, 8192),
     "mixed_tokens": (2, 8192),
+    "draft_tokens_max": (0, 15),
     "queue_max": (0, 10_000),
     "n_gpu_layers": (0, 10_000),
     "main_gpu": (0, GPUS_MAX - 1),
@@ -44,7 +45,8 @@ class EngineSettings:
 
     ``context_tokens`` bounds each sequence, ``slots`` how many run together; KV memory is their product
     times the model's bytes a token. ``prefill_tokens`` bounds a step in which nothing decodes,
-    ``mixed_tokens`` one in which something does (see core.batching). ``chat_template`` overrides the
+    ``mixed_tokens`` one in which something does, ``draft_tokens_max`` what is guessed for a sequence that is
+    alone (see core.batching). ``chat_template`` overrides the
     model's own; ``system_prompt`` is put before conversations that have none.
 
     ``measured`` names those of MEASURABLE that are chosen by measuring at a model's first start on a box, up
@@ -54,8 +56,8 @@ class EngineSettings:
     ``n_gpu_layers`` of the model go to graphics cards, in the shares of ``tensor_split`` or all to
     ``main_gpu``, where the library was built for that.
 
-    ``flash_attention`` is off by default because, on a CPU with quantised weights, the arithmetic is then
-    independent of what shares a step: a greedy answer is bit-identical whatever else runs (engine.llama).
+    ``flash_attention`` is off by default because, on a CPU, the arithmetic is then independent of what shares
+    a step: an answer is bit-identical whatever else runs (engine.llama).
 
     ``kv_type`` q8_0 halves what keys take. Values stay f16 unless flash attention is on: llama.cpp has no
     other way to read quantised ones.
@@ -79,6 +81,7 @@ class EngineSettings:
     threads: int = 1
     prefill_tokens: int = PREFILL_TOKENS
     mixed_tokens: int = MIXED_TOKENS
+    draft_tokens_max: int = 15
     queue_max: int = 64
     ageing_s: float = 10.0
     chat_template: str = ""
@@ -144,8 +147,8 @@ class EngineSettings:
 
     @property
     def step_tokens_max(self) -> int:
-        """Tokens of the largest slice, or of all single tokens of a step."""
-        return max(self.prefill_tokens, self.mixed_tokens) + SLICE_OVERSHOOT_TOKENS_MAX
+        """Tokens of the largest step."""
+        return max(self.prefill_tokens, self.mixed_tokens)
 
     def batcher_config(self) -> BatcherConfig:
         """The scheduler's share of these settings."""
@@ -155,6 +158,7 @@ class EngineSettings:
             cells_total=self.slots * self.context_tokens,
             prefill_tokens=self.prefill_tokens,
             mixed_tokens=self.mixed_tokens,
+            draft_tokens_max=self.draft_tokens_max,
             queue_max=self.queue_max,
             ageing_s=self.ageing_s,
             reuse_prefixes=self.reuse_prefixes,
