@@ -22,14 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from benchmarks import inside
 from benchmarks.report import Row, percentile, show
 from benchmarks.servers import SETTINGS, Answer, Http, Ours, Server
 from fieldmesh import profiles
-from fieldmesh.core.model import Chunk, Prompt, Sampling
 from fieldmesh.engine.cores import cpu_budget
-from fieldmesh.engine.host import EngineProcess
-from fieldmesh.engine.port import Job
-from fieldmesh.engine.settings import EngineSettings
 
 SLOTS = 16
 CONTEXT_TOKENS = 2048
@@ -315,35 +312,11 @@ async def three_nodes(bench: Bench) -> list[Row]:
     ]
 
 
-async def cold_start(bench: Bench) -> list[Row]:
-    """From the start of the engine's process to its first token."""
-    times = []
-    for _ in range(max(3, bench.rounds)):
-        settings = EngineSettings(model_path=str(bench.model), slots=4, threads=bench.threads)
-        engine = EngineProcess(settings)
-        begun = time.perf_counter()
-        await engine.start()
-        job = Job(
-            generation_id="first",
-            prompt=Prompt(text="Hello"),
-            sampling=Sampling(temperature=0.0, max_tokens=1),
-        )
-        first = None
-        async for event in engine.submit(job):
-            if first is None and isinstance(event, Chunk) and event.token_ids:
-                first = time.perf_counter() - begun
-        await engine.close()
-        assert first is not None
-        times.append(first)
-    return [
-        Row(
-            measure="cold_start_s",
-            unit="s",
-            ours=statistics.median(times),
-            aim=2.0,
-            note=f"worst {max(times):.2f}",
-        )
-    ]
+def alone(
+    measure: Callable[[Path, int, int], Awaitable[list[Row]]],
+) -> Callable[[Bench], Awaitable[list[Row]]]:
+    """A measure that needs no server."""
+    return lambda bench: measure(bench.model, bench.rounds, bench.threads)
 
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
@@ -353,7 +326,10 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
     "packaged": packaged,
     "cached_prompt": cached_prompt,
     "three_nodes": three_nodes,
-    "cold_start": cold_start,
+    "prompt_lookup": alone(inside.prompt_lookup),
+    "step_overhead": alone(inside.step_overhead),
+    "state_move": alone(inside.state_move),
+    "cold_start": alone(inside.cold_start),
 }
 BESIDE_LLAMA_CPP = {"loads", "shared", "under_prefill"}
 
