@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fieldmesh.core.errors import ModelInUse, ModelTooLarge
-from fieldmesh.core.loading import Admit, Effect, Load, Loading, ModelState, Unload
+from fieldmesh.core.loading import Admit, Effect, Load, Loading, ModelState, Size, Unload
 
 COLD, LOADING, READY, ENDING = ModelState
 
 
 def new(budget: int = 2, **sizes: int) -> Loading:
-    return Loading(sizes or {"a": 1, "b": 1, "c": 1}, budget, keep_s=10.0)
+    sizes = sizes or {"a": 1, "b": 1, "c": 1}
+    return Loading({name: Size(own_bytes=size) for name, size in sizes.items()}, budget, keep_s=10.0)
 
 
 def admit(name: str, users: int = 1) -> Admit:
@@ -122,9 +123,36 @@ _steps = st.lists(
 )
 
 
-@given(steps=_steps, budget=st.integers(4, 8), sizes=st.lists(st.integers(1, 4), min_size=4, max_size=4))
+def of_a_base(own_bytes: int) -> Size:
+    return Size(own_bytes=own_bytes, base="x", common_bytes=4)
+
+
+def test_what_models_have_in_common_is_taken_once() -> None:
+    models = Loading({"a": of_a_base(1), "b": of_a_base(1), "c": Size(own_bytes=5)}, budget_bytes=6)
+    with_a_loaded(models, "a", "b")
+    assert models.taken_bytes == 6
+    assert models.unload("b") == [Unload(name="b")]
+    assert models.ended("b", 3) == []
+    assert models.taken_bytes == 5
+
+
+def test_what_models_have_in_common_is_back_with_the_last_of_them() -> None:
+    models = Loading({"a": of_a_base(1), "b": of_a_base(1), "c": Size(own_bytes=5)}, budget_bytes=6)
+    with_a_loaded(models, "a", "b")
+    assert models.want("c", 3) == [Unload(name="a"), Unload(name="b")]
+    assert models.ended("a", 4) == []
+    assert models.ended("b", 5) == [Load(name="c")]
+
+
+_sizes = st.one_of(
+    st.builds(Size, own_bytes=st.integers(1, 4)),
+    st.builds(Size, own_bytes=st.integers(1, 2), base=st.just("x"), common_bytes=st.just(2)),
+)
+
+
+@given(steps=_steps, budget=st.integers(4, 8), sizes=st.lists(_sizes, min_size=4, max_size=4))
 def test_whatever_happens_the_budget_holds_and_everyone_is_served(
-    steps: list[tuple[str, int]], budget: int, sizes: list[int]
+    steps: list[tuple[str, int]], budget: int, sizes: list[Size]
 ) -> None:
     names = [f"m{index}" for index in range(4)]
     models = Loading(dict(zip(names, sizes, strict=True)), budget, keep_s=5.0)

@@ -39,8 +39,9 @@ from tests.runtime.test_node import FAST, Site, new_site, tiny, until
 
 __all__ = ["tiny"]
 
-ROOM_FOR_ONE = EngineSlice(memory_mib_max=100)
-ROOM_FOR_BOTH = EngineSlice(memory_mib_max=400)
+ROOM_FOR_ONE = EngineSlice(memory_mib_max=80)
+ROOM_FOR_BOTH = EngineSlice(memory_mib_max=100)
+"""Not twice as much: they run one file, so that they have its weights and a process in common."""
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ async def test_a_model_that_crashes_the_library_costs_a_node_that_model_and_noth
 @pytest.mark.engine
 async def test_the_memory_of_a_model_that_goes_is_really_back(site: Site) -> None:
     config = site.config("both", "general,code", engine=ROOM_FOR_ONE)
-    async with running(config, EngineProcess) as node:
+    async with running(config) as node:
         site.nodes["both"] = node
         await site.formed()
         before = {s.profile: s for s in node.models.statuses()}
@@ -308,6 +309,22 @@ async def test_the_memory_of_a_model_that_goes_is_really_back(site: Site) -> Non
         assert after["code"].resident_bytes > 0
         assert 1 <= after["code"].threads <= cpu_budget()
         assert "a token" in after["code"].measured, "its settings were measured at its first start"
+
+
+@pytest.mark.engine
+async def test_profiles_over_one_file_live_in_one_process(site: Site) -> None:
+    config = site.config("both", "general,code", engine=ROOM_FOR_BOTH)
+    async with running(config) as node:
+        site.nodes["both"] = node
+        await site.formed()
+        await node.models.load("code")
+        engines = [entry.engine for entry in node.models.hosted.values()]
+        assert engines[0] is not None and engines[1] is not None
+        assert engines[0].pid == engines[1].pid is not None
+        await node.models.unload("general")
+        async with site.client("both") as client:
+            assert (await client.chat("hello", profile="code", max_tokens=5).result()).text
+        assert psutil.pid_exists(engines[1].pid)
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -328,7 +345,7 @@ def test_a_profile_brings_its_adapter_to_its_own_model_alone(site: Site, tiny: P
     other.write_bytes(tiny.read_bytes())
     named = hosted_profile(replace(config, node=replace(config.node, model=str(other))), profile)
     assert named.settings.adapters == ()
-    assert named.size_bytes < own.size_bytes
+    assert named.size.own_bytes < own.size.own_bytes
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_the_node_starts(

@@ -80,6 +80,7 @@ class Batcher:
         self._order = 0
         self._planned: StepPlan | None = None
         self._planned_at = 0.0
+        self._beside_streams = False
         self.steps = 0
 
     def __repr__(self) -> str:
@@ -149,13 +150,15 @@ class Batcher:
         """The earliest deadline of any request: ``plan`` should run by then even if nothing else happens."""
         return min((w.deadline for w in self._works() if w.deadline is not None), default=None)
 
-    def plan(self, now: float) -> StepPlan:
-        """Drop what is past its deadline, admit what fits, and share out the next step.
+    def plan(self, now: float, *, beside_streams: bool = False) -> StepPlan:
+        """Drop what is past its deadline, admit what fits, and share out the next step, a small one where
+        streams of another context wait for their turn (``beside_streams``).
 
         A plan without slices is not committed: nothing can run before a command, or ``deadline``, or the end
         of a transfer.
         """
         assert self._planned is None, "plan was called twice without commit"
+        self._beside_streams = beside_streams
         self.cache.begin_plan()
         expired = tuple(w.id for w in self._works() if w.deadline is not None and w.deadline <= now)
         for generation_id in expired:
@@ -341,7 +344,8 @@ class Batcher:
 
     def _prefill_tokens(self, decoding: int) -> int:
         """Tokens of prefill beside so many decoders: as configured, and none that would take too long."""
-        left = (self.config.mixed_tokens if decoding else self.config.prefill_tokens) - decoding
+        mixed = decoding or self._beside_streams
+        left = (self.config.mixed_tokens if mixed else self.config.prefill_tokens) - decoding
         if not self._pace.prefill_tokens_per_s:
             return left
         in_time = int(self._pace.prefill_tokens_per_s * STEP_S_MAX) - decoding

@@ -6,7 +6,8 @@ load, measure or wait; the host performs what is decided and tells what came of 
     COLD ──Load──> LOADING ──loaded──> READY ──Unload──> ENDING ──ended──> COLD
                       └──────────────────failed──────────────────────────────^
 
-- A model takes its bytes from ``Load`` until ``ended``: two never overlap in memory that is not there.
+- A model takes its bytes from ``Load`` until ``ended``: two never overlap in memory that is not there. What
+  several have in common (the weights, where they run one file) is taken once, by whichever is there.
 - A model that answers something is not unloaded.
 - Who waits is served in the order of arrival. Where idle models are not enough, the longest unused of the
   busy ones is closed: it finishes what it has, and takes nothing new. It keeps at least ``keep_s`` of work
@@ -15,7 +16,7 @@ load, measure or wait; the host performs what is decided and tells what came of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -58,9 +59,23 @@ class Admit:
 Effect = Load | Unload | Admit
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """What a model takes: ``own_bytes``, and ``common_bytes`` together with all others of this ``base``."""
+
+    own_bytes: int
+    base: str = ""
+    common_bytes: int = 0
+
+    @property
+    def alone_bytes(self) -> int:
+        """What it takes where no other of its base is there."""
+        return self.own_bytes + self.common_bytes
+
+
 @dataclass(slots=True)
 class _Model:
-    size_bytes: int
+    size: Size
     state: ModelState = ModelState.COLD
     users: int = 0
     used_at: float = 0.0
@@ -69,21 +84,21 @@ class _Model:
 
 
 class Loading:
-    """The models of one node by name, with the bytes that each takes. ``now`` never decreases.
+    """The models of one node by name, with what each takes. ``now`` never decreases.
 
     Raises ModelTooLarge where a model alone exceeds the budget.
     """
 
-    def __init__(self, sizes: Mapping[str, int], budget_bytes: int, *, keep_s: float = KEEP_S) -> None:
-        for name, size_bytes in sizes.items():
-            if size_bytes > budget_bytes:
+    def __init__(self, sizes: Mapping[str, Size], budget_bytes: int, *, keep_s: float = KEEP_S) -> None:
+        for name, size in sizes.items():
+            if size.alone_bytes > budget_bytes:
                 raise ModelTooLarge(
-                    f"Model {name} needs {size_bytes >> 20} MiB, more than the {budget_bytes >> 20} MiB that "
-                    "all models of this node may have together",
+                    f"Model {name} needs {size.alone_bytes >> 20} MiB, more than the "
+                    f"{budget_bytes >> 20} MiB that all models of this node may have together",
                     field="engine.memory_mib_max",
                 )
         self.budget_bytes = budget_bytes
-        self._models = {name: _Model(size_bytes) for name, size_bytes in sizes.items()}
+        self._models = {name: _Model(size) for name, size in sizes.items()}
         self._waiting: dict[str, int] = {}
         self._keep_s = keep_s
 
@@ -98,7 +113,7 @@ class Loading:
     @property
     def taken_bytes(self) -> int:
         """Bytes of all models that are not cold."""
-        return sum(m.size_bytes for m in self._models.values() if m.state is not ModelState.COLD)
+        return _together(m.size for m in self._models.values() if m.state is not ModelState.COLD)
 
     @property
     def deadline(self) -> float | None:
@@ -164,8 +179,9 @@ class Loading:
         for name in list(self._waiting):
             model = models[name]
             if model.state is ModelState.COLD:
-                if self.taken_bytes + model.size_bytes > self.budget_bytes:
-                    effects += self._make_room(model.size_bytes, now)
+                taken = (m.size for m in models.values() if m.state is not ModelState.COLD)
+                if _together((model.size, *taken)) > self.budget_bytes:
+                    effects += self._make_room(model, now)
                     return effects  # whoever comes later does not take the room of whoever came first
                 model.state = ModelState.LOADING
                 effects.append(Load(name=name))
@@ -185,12 +201,12 @@ class Loading:
         model.state, model.closing = ModelState.ENDING, False
         return Unload(name=name)
 
-    def _make_room(self, size_bytes: int, now: float) -> list[Effect]:
+    def _make_room(self, wanted: _Model, now: float) -> list[Effect]:
         """Unload what is idle and close what is busy, the longest unused first, until there will be room."""
         ready = [(name, m) for name, m in self._models.items() if m.state is ModelState.READY]
         effects: list[Effect] = [self._end(name) for name, m in ready if m.closing and not m.users]
         for name, model in sorted(ready, key=lambda found: (found[1].users > 0, found[1].used_at)):
-            if self._room_to_come() >= size_bytes:
+            if self._will_fit(wanted):
                 break
             if model.state is not ModelState.READY or model.closing:
                 continue
@@ -200,14 +216,14 @@ class Loading:
                 model.closing = True
         return effects
 
-    def _room_to_come(self) -> int:
-        """Bytes that are free, or will be without anything more being decided."""
-        going = sum(m.size_bytes for m in self._models.values() if m.state is ModelState.ENDING or m.closing)
-        return self.budget_bytes - self.taken_bytes + going
+    def _will_fit(self, wanted: _Model) -> bool:
+        """Whether it fits beside those that stay, without anything more being decided."""
+        gone = ModelState.COLD, ModelState.ENDING
+        stay = (m.size for m in self._models.values() if m.state not in gone and not m.closing)
+        return _together((wanted.size, *stay)) <= self.budget_bytes
 
     def _coming_room(self) -> bool:
-        first = next(iter(self._waiting))
-        return self._room_to_come() >= self._models[first].size_bytes
+        return self._will_fit(self._models[next(iter(self._waiting))])
 
     def check(self) -> None:
         """Raise AssertionError where the state contradicts itself."""
@@ -215,3 +231,10 @@ class Loading:
         for name, model in self._models.items():
             assert not model.users or model.state is ModelState.READY, f"{name} is used and not there"
             assert not model.closing or model.state is ModelState.READY, f"{name} is closing and not there"
+
+
+def _together(sizes: Iterable[Size]) -> int:
+    """Bytes of models that are in memory at the same time."""
+    sizes = tuple(sizes)
+    common = {size.base: size.common_bytes for size in sizes}
+    return sum(size.own_bytes for size in sizes) + sum(common.values())

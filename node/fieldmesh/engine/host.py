@@ -1,6 +1,6 @@
 """The real engine: a child process behind the port.
 
-Owns: starting, watching, restarting and ending the process; its state; translating its loss into errors.
+Owns: having the process started, watched, restarted and ended; its state; translating its loss into errors.
 Must not: compute anything, or import llama.cpp.
 
     start ──> LOADING ──ready──> READY ──exit, stuck──> LOST ──backoff──> LOADING
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-import socket
-import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 from fieldmesh.core.errors import EngineNotReady, FieldmeshError, Internal
 from fieldmesh.core.model import EngineState
@@ -34,29 +32,38 @@ from fieldmesh.engine.frames import (
     frame_length,
 )
 from fieldmesh.engine.front import EngineFront
+from fieldmesh.engine.home import Home, Running
 from fieldmesh.engine.port import EngineInfo
 from fieldmesh.engine.settings import EngineSettings
 
-STDERR_BYTES_MAX = 4096
+LEFT_OVER_BYTES = 1 << 16
 LOADING_CRASHES_MAX = 5
 """Crashes in a row before a model was ever there: it is likely to be the file, and the next try would be the
 same. One that the kernel kills for memory does not count: there may be more of it later."""
-WAITING = {"GOMP_SPINCOUNT": "300"}
-"""How long llama.cpp's threads spin for each other before they sleep (some microseconds; a user's own setting
-comes first). By default they spin for milliseconds: where something else wants a core, the one that is waited
-for does not run meanwhile, at each of a step's hundreds of meetings."""
 WATCHDOG_TICKS = 4
 """Pings within ``watchdog_s``. Silence is counted in ticks, not read from a clock: a host that was itself
 frozen counts one tick, however long it slept."""
 
 
-class EngineProcess(EngineFront):
-    """One model in a process of its own. Implements ``engine.port.Engine``."""
+def sharing() -> Callable[[EngineSettings], EngineProcess]:
+    """What makes the engines of one node: those over one file share a process, and so its weights."""
+    homes: dict[tuple[str, int], Home] = {}
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def make(settings: EngineSettings) -> EngineProcess:
+        home = homes.setdefault((settings.model_path, settings.n_gpu_layers), Home())
+        return EngineProcess(settings, home)
+
+    return make
+
+
+class EngineProcess(EngineFront):
+    """One engine in a process of its own, or with others in the one of ``home``. Implements
+    ``engine.port.Engine``."""
+
+    def __init__(self, settings: EngineSettings, home: Home | None = None) -> None:
         super().__init__(settings)
+        self._home = home or Home()
         self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first: asyncio.Future[EngineInfo] | None = None
         self._crashes: deque[float] = deque(maxlen=settings.crashes_max)
@@ -128,39 +135,36 @@ class EngineProcess(EngineFront):
     async def _run_process(self) -> str:
         """One process from spawn to end; returns why it ended. Raises the error with which it refused to
         load, Internal where it talks nonsense, OSError where it cannot be started."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fieldmesh.engine", "--fd", str(theirs.fileno()),
-                "--parent", str(os.getpid()), "--exchange", str(self._exchange.fd),
-                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(), self._exchange.fd),
-                env={**WAITING, **os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
-        self._process, self.pid = process, process.pid
-        watchdog = asyncio.create_task(self._kill_when_stuck(process), name="engine-watchdog")
-        stderr = asyncio.create_task(_tail(process.stderr), name="engine-stderr")
+        running, reader, writer = await self._home.enter(self._exchange.fd)
+        self.pid, self._writer = running.process.pid, writer
+        watchdog = asyncio.create_task(self._kill_when_stuck(running), name="engine-watchdog")
         try:
-            reader, self._writer = await asyncio.open_connection(sock=ours)
             self._send(Configure(self.settings, self._known_fingerprint()))
             await self._read_reports(reader)
-            status = await process.wait()
-            self._loading_crashes += self.state is EngineState.LOADING and status != -signal.SIGKILL
-            said = (await stderr).strip().splitlines()
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            return f"the engine's process ended ({how})" + (f": {said[-1]}" if said else "")
+            why = await running.ended()
+            killed = running.process.returncode == -signal.SIGKILL
+            self._loading_crashes += self.state is EngineState.LOADING and not killed
+            return why
         finally:
             watchdog.cancel()
-            if self._writer is None:
-                ours.close()
-            else:
-                self._writer.transport.abort()  # what is unsent has no reader any more
             self._writer = None
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            stderr.cancel()
-            self._process = self.pid = None
+            await self._home.leave(running, lambda: self._goodbye(running, reader, writer))
+            writer.transport.abort()  # what is unsent has no reader any more
+            self.pid = None
+
+    async def _goodbye(
+        self, running: Running, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Return when the process, in which others live on, has given back what this engine had."""
+        try:
+            async with asyncio.timeout(self.settings.watchdog_s):
+                writer.write_eof()
+                while await reader.read(LEFT_OVER_BYTES):
+                    pass
+        except TimeoutError:  # a process that is stuck is of no use to the others either
+            running.kill()
+        except OSError:  # it is gone
+            pass
 
     async def _read_reports(self, reader: asyncio.StreamReader) -> None:
         """Take reports until the process is gone."""
@@ -174,7 +178,7 @@ class EngineProcess(EngineFront):
         except (asyncio.IncompleteReadError, ConnectionError):
             return
 
-    async def _kill_when_stuck(self, process: asyncio.subprocess.Process) -> None:
+    async def _kill_when_stuck(self, running: Running) -> None:
         """Ping; kill a process that says nothing, or computes nothing though somebody waits for it. Loading
         has its own, longer, limit."""
         settings, silent_s = self.settings, 0.0
@@ -189,7 +193,7 @@ class EngineProcess(EngineFront):
             seen = life
             ready = self.state is EngineState.READY
             if silent_s >= (settings.watchdog_s if ready else settings.load_timeout_s):
-                process.kill()
+                running.kill()
                 return
             if ready:
                 self._send(Ping())
@@ -221,12 +225,3 @@ class EngineProcess(EngineFront):
     def _send(self, command: Command) -> None:
         if self._writer is not None:
             self._writer.write(encode([command]))
-
-
-async def _tail(stream: asyncio.StreamReader | None) -> str:
-    """The last words on a stream that ends."""
-    assert stream is not None
-    kept = b""
-    while data := await stream.read(STDERR_BYTES_MAX):
-        kept = (kept + data)[-STDERR_BYTES_MAX:]
-    return kept.decode("utf-8", errors="replace")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import llama_cpp
@@ -52,21 +53,35 @@ def _keep_log(level: int, text: bytes, _user_data: object) -> None:
 
 
 class LlamaModel:
-    """A loaded model and one context with ``settings.slots`` sequences.
+    """A loaded model and one context with ``settings.slots`` sequences; ``beside`` is another one over the
+    same file, whose weights it takes.
 
     Raises ModelFileInvalid where llama.cpp refuses the file, ConfigError where the settings do not suit it.
     """
 
-    def __init__(self, settings: EngineSettings, on_progress: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        on_progress: Callable[[float], None],
+        beside: LlamaModel | None = None,
+    ) -> None:
         lib.llama_log_set(_keep_log, None)
         lib.llama_backend_init()
-        self._model = _load_model(settings, on_progress)
-        self._vocab = lib.llama_model_get_vocab(self._model)
-        self.vocabulary_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
-        self._settings = settings
-        self._check(settings)
-        self._context = _new_context(self._model, settings)
-        _set_adapters(self._model, self._context, settings.adapters)
+        self._weights: _Weights = beside._weights if beside else _Weights(settings, on_progress)
+        with ExitStack() as opened:  # a context that cannot be made leaves nothing behind
+            self._model = opened.enter_context(self._weights)
+            self._vocab = lib.llama_model_get_vocab(self._model)
+            self.vocabulary_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
+            self._settings = settings
+            self._check(settings)
+            adapters = []
+            for adapter in settings.adapters:
+                adapters.append(_load_adapter(self._model, adapter))
+                opened.callback(lib.llama_adapter_lora_free, adapters[-1])
+            self._context = _new_context(self._model, settings)
+            opened.callback(lib.llama_free, self._context)
+            _set_adapters(self._context, adapters, settings.adapters)
+            self._opened = opened.pop_all()
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(settings.step_tokens_max, 0, 1)
         self._token_ids = np.arange(self.vocabulary_tokens, dtype=np.int32)
@@ -315,8 +330,24 @@ class LlamaModel:
         if self._encoder is not None:
             self._encoder.close()
         lib.llama_batch_free(self._batch)
-        lib.llama_free(self._context)
-        lib.llama_model_free(self._model)
+        self._opened.close()
+
+
+class _Weights:
+    """A model's file in memory, once for all contexts over it, for as long as there is one."""
+
+    def __init__(self, settings: EngineSettings, on_progress: Callable[[float], None]) -> None:
+        self._model = _load_model(settings, on_progress)
+        self._contexts = 0
+
+    def __enter__(self) -> lib.llama_model_p:
+        self._contexts += 1
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
+        self._contexts -= 1
+        if not self._contexts:
+            lib.llama_model_free(self._model)
 
 
 class Sampler:
@@ -495,20 +526,21 @@ def _new_context(model: lib.llama_model_p, settings: EngineSettings) -> lib.llam
     return context
 
 
+def _load_adapter(model: lib.llama_model_p, adapter: Adapter) -> lib.llama_adapter_lora_p:
+    found = lib.llama_adapter_lora_init(model, adapter.path.encode())
+    if not found:
+        raise ModelFileInvalid(
+            f"llama.cpp cannot load the adapter {adapter.path}: "
+            f"{'; '.join(_log_lines) or 'no reason given'}; use one that was trained on this model",
+            field="adapters",
+        )
+    return found
+
+
 def _set_adapters(
-    model: lib.llama_model_p, context: lib.llama_context_p, adapters: Sequence[Adapter]
+    context: lib.llama_context_p, loaded: Sequence[lib.llama_adapter_lora_p], adapters: Sequence[Adapter]
 ) -> None:
-    """Apply LoRA files to all that the context computes; they are freed with the model."""
-    loaded = []
-    for adapter in adapters:
-        found = lib.llama_adapter_lora_init(model, adapter.path.encode())
-        if not found:
-            raise ModelFileInvalid(
-                f"llama.cpp cannot load the adapter {adapter.path}: "
-                f"{'; '.join(_log_lines) or 'no reason given'}; use one that was trained on this model",
-                field="adapters",
-            )
-        loaded.append(found)
+    """Apply LoRA files to all that the context computes."""
     if loaded:
         pointers = (lib.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
         scales = (ctypes.c_float * len(loaded))(*(adapter.scale for adapter in adapters))

@@ -170,7 +170,8 @@ class EngineLoop:
     """One model's loop. ``new_seed`` chooses a seed for jobs that have none.
 
     The host calls ``handle`` for each command, then ``plan`` and, if there are slices, ``run``; each returns
-    reports to send. A plan without slices means: wait for a command, or until ``deadline``.
+    reports to send. A plan without slices means: wait for a command, or until ``deadline``. ``decoding`` says
+    whether somebody waits for the next token.
     """
 
     def __init__(
@@ -187,6 +188,7 @@ class EngineLoop:
         self._new_seed = new_seed
         self._generations: dict[str, Generation] = {}
         self._stepped_at = 0.0
+        self.decoding = False
         self._grammars = grammars
         self._uncompiled: dict[int, Submit] = {}
         self.embeddings = EmbeddingQueue(model.embed, model.pooling)
@@ -223,9 +225,11 @@ class EngineLoop:
         return Snapshot(slot, header)
 
     def close(self) -> None:
-        """End what runs beside the loop."""
+        """End what runs beside the loop, and what it computes."""
         if self._moves is not None:
             self._moves.close()
+        for generation_id in tuple(self._generations):
+            self._forget(generation_id)
 
     @property
     def has_chat_template(self) -> bool:
@@ -462,10 +466,12 @@ class EngineLoop:
 
     # --- steps ------------------------------------------------------------------------------
 
-    def plan(self, now: float) -> tuple[StepPlan, list[Report]]:
-        """Decide the next step; reports are about jobs that ran out of time."""
+    def plan(self, now: float, *, beside_streams: bool = False) -> tuple[StepPlan, list[Report]]:
+        """Decide the next step, a small one where streams of other loops wait for it; reports are about jobs
+        that ran out of time."""
         reports: list[Report] = self._moves.advance() if self._moves else []
-        plan = self.batcher.plan(now)
+        plan = self.batcher.plan(now, beside_streams=beside_streams)
+        self.decoding = any(piece.decodes for piece in plan.slices)
         if self._moves:
             self._moves.carry_out(plan)
         for generation_id in plan.expired:

@@ -1,4 +1,4 @@
-"""This node's models: one process each, loaded when asked for, out again when others need the memory.
+"""This node's models: loaded when asked for, out again when others need the memory; a process for each file.
 
 Owns: performing what ``core.loading`` decides, the engines that live now, who waits for which, what each
 model is called by (its fingerprint), and the one load that the node tells the mesh. Must not: decide which
@@ -11,6 +11,7 @@ profile is loaded at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import json
 from collections import deque
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fieldmesh.core.errors import EngineNotReady, FieldmeshError, ProfileNotFound
-from fieldmesh.core.loading import Admit, Effect, Loading, ModelState, Unload
+from fieldmesh.core.loading import Admit, Effect, Loading, ModelState, Size, Unload
 from fieldmesh.core.loading import Load as LoadModel
 from fieldmesh.core.model import ColdProfile, EngineState, Load, ProfileOffer
 from fieldmesh.engine.adapters import check_adapters
@@ -51,11 +52,11 @@ logger = log.get()
 @dataclass(slots=True, kw_only=True)
 class Hosted:
     """One profile that this node serves. ``engine`` is None while the model is not in memory; ``info`` until
-    it has loaded. ``size_bytes`` is the estimate that counts against the budget."""
+    it has loaded. ``size`` is the estimate that counts against the budget."""
 
     profile: Profile
     settings: EngineSettings
-    size_bytes: int
+    size: Size
     fingerprint: str = ""
     engine: EngineFront | None = None
     info: EngineInfo | None = None
@@ -66,7 +67,7 @@ class Hosted:
     @property
     def load_s(self) -> float:
         """How long loading takes: as the last time, or an estimate."""
-        return self.loaded_in_s or LOAD_BASE_S + self.size_bytes / LOAD_BYTES_PER_S
+        return self.loaded_in_s or LOAD_BASE_S + self.size.alone_bytes / LOAD_BYTES_PER_S
 
     @property
     def stamp(self) -> str:
@@ -88,7 +89,8 @@ class Hosted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model as an operator sees it. ``state`` is cold, loading, ready, lost, failed or ending.
+    """One model as an operator sees it. ``state`` is cold, loading, ready, lost, failed or ending. Its
+    ``resident_bytes`` are those of its process, whatever else lives there.
 
     What it runs with, and from which measurement, is known once it has been loaded (see ``EngineInfo``)."""
 
@@ -121,7 +123,7 @@ class Models:
         on_change: Callable[[], None],
     ) -> None:
         self.hosted = {entry.profile.name: entry for entry in hosted}
-        sizes = {name: entry.size_bytes for name, entry in self.hosted.items()}
+        sizes = {name: entry.size for name, entry in self.hosted.items()}
         self._loading = Loading(sizes, budget_bytes)
         self._make_engine = make_engine
         self._folder = folder
@@ -238,7 +240,7 @@ class Models:
             model=entry.settings.model_name,
             state=self.state(profile),
             loaded_share=engine.loaded_share if engine else 0.0,
-            estimated_bytes=entry.size_bytes,
+            estimated_bytes=entry.size.alone_bytes,
             resident_bytes=resident_bytes(engine.pid) if engine and engine.pid else 0,
             running=load.running,
             queued=load.queued + len(self._waiters[profile]),
@@ -375,7 +377,10 @@ class Models:
         engine.tally, engine.fingerprint_hint = entry.tally, entry.fingerprint
         self._spawn(self._follow(entry, engine))
         began = self._loop.time()
-        logger.info("model_loading", profile=name, estimated_mib=entry.size_bytes >> 20)
+        logger.info("model_loading", profile=name, estimated_mib=entry.size.alone_bytes >> 20)
+        if not engine.fingerprint_hint and self._has_company(entry):
+            with contextlib.suppress(OSError):  # the engine will say what is wrong with the file
+                engine.fingerprint_hint = await asyncio.to_thread(fingerprint, entry.settings)
         try:
             entry.info = await engine.start()
         except FieldmeshError as error:  # the node lives on: it passes questions to others
@@ -403,6 +408,11 @@ class Models:
         )
         self._perform(self._loading.loaded(name, self._loop.time()))
         await self._remember()
+
+    def _has_company(self, entry: Hosted) -> bool:
+        """Whether it moves in with an engine that may be answering: no file is to be read through there."""
+        base = entry.settings.model_path
+        return any(e.engine and e.settings.model_path == base for e in self.hosted.values() if e is not entry)
 
     async def _unload(self, entry: Hosted) -> None:
         engine, entry.engine, entry.info = entry.engine, None, None

@@ -30,6 +30,7 @@ from fieldmesh.core.dispatch import SETTLE_S, DispatchConfig, Entry
 from fieldmesh.core.effective import Rules
 from fieldmesh.core.errors import AddressInUse, ConfigError
 from fieldmesh.core.joining import HintSource
+from fieldmesh.core.loading import Size
 from fieldmesh.core.mesh import SNAPSHOT_KEY, Identity, JoinHint, Mesh, MeshConfig, OfferChanged
 from fieldmesh.core.model import (
     PROTOCOL_VERSION_MAX,
@@ -45,9 +46,9 @@ from fieldmesh.core.tracing import Ended
 from fieldmesh.core.tuning import MIXED_PREFILL_TOKENS_MIN
 from fieldmesh.engine.adapters import check_adapters
 from fieldmesh.engine.cores import cpu_budget
-from fieldmesh.engine.fit import demand_fit
+from fieldmesh.engine.fit import PROCESS_BYTES, demand_fit
 from fieldmesh.engine.gguf import read_header
-from fieldmesh.engine.host import EngineProcess
+from fieldmesh.engine.host import sharing
 from fieldmesh.engine.memory import memory_free_bytes
 from fieldmesh.engine.settings import MIXED_TOKENS, PREFILL_TOKENS, EngineSettings
 from fieldmesh.profiles import Profile
@@ -114,11 +115,11 @@ async def serve(config: NodeConfig) -> None:
 
 
 @asynccontextmanager
-async def running(config: NodeConfig, make_engine: MakeEngine = EngineProcess) -> AsyncIterator[Node]:
+async def running(config: NodeConfig, make_engine: MakeEngine | None = None) -> AsyncIterator[Node]:
     """A node that serves; leaving the context ends it. Raises as ``serve`` does."""
     config.validate()
     async with AsyncExitStack() as stack:
-        node = Node(config, make_engine)
+        node = Node(config, make_engine or sharing())
         await node.open(stack)
         yield node
 
@@ -518,9 +519,11 @@ def hosted_profile(config: NodeConfig, profile: Profile) -> Hosted:
         crash_window_s=600.0,
     )
     settings.validate()
-    header = replace(header, weights_bytes=header.weights_bytes + check_adapters(settings, header))
-    fit = demand_fit(header, settings, memory_budget_bytes(config))
-    return Hosted(profile=profile, settings=settings, size_bytes=fit.total)
+    adapted = replace(header, weights_bytes=header.weights_bytes + check_adapters(settings, header))
+    fit = demand_fit(adapted, settings, memory_budget_bytes(config))
+    common_bytes = header.weights_bytes + PROCESS_BYTES
+    size = Size(own_bytes=fit.total - common_bytes, base=settings.model_path, common_bytes=common_bytes)
+    return Hosted(profile=profile, settings=settings, size=size)
 
 
 def memory_budget_bytes(config: NodeConfig) -> int:
