@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,17 @@ def test_adapters_are_left_out_where_another_model_is_named(tmp_path: Path) -> N
     profile = Profile(name="vet", model="own.gguf", adapters=(Adapter(path="vet.gguf"),), folder=tmp_path)
     assert len(profiles.adapters(profile, str(tmp_path / "own.gguf"))) == 1
     assert profiles.adapters(profile, str(tmp_path / "other.gguf")) == ()
+
+
+def test_shipped_adapters_go_with_the_builtin_model_alone(tmp_path: Path) -> None:
+    shipped, own = profiles.load("health"), tmp_path / "own.gguf"
+    own.write_bytes(b"GGUF")
+    (adapter,) = profiles.adapters(shipped)
+    assert Path(adapter.path).is_file()
+    assert profiles.adapters(shipped, str(profiles.builtin_model())) == (adapter,)
+    assert profiles.adapters(shipped, str(own)) == ()
+    assert profiles.adapters(replace(shipped, model="own.gguf", folder=tmp_path)) == ()
+    assert profiles.adapters(replace(shipped, model=str(profiles.builtin_model()))) == (adapter,)
 
 
 def test_a_new_profile_takes_the_users_model_and_questions(tmp_path: Path) -> None:

@@ -249,7 +249,6 @@ def prepare(profile: str, wheels: dict[str, zipfile.ZipFile], model: LlamaModel)
             "domain, as asked": [writer.chat([d]) for d in held_out],
             "domain, running text": [writer.plain(d) for d in held_out],
             "general, running text": [writer.plain(d) for d in prose_held_out + cooking_held_out],
-            "general, as asked": [writer.chat([d]) for d in prose_held_out + cooking_held_out],
         },
     }
 

@@ -36,12 +36,20 @@ LEARNING_RATE, WARM_UP_STEPS = 2e-3, 4
 STEP_TOKENS = 500
 CHECKPOINT_STEPS = 2
 TOKENS = {
-    "domain, as asked": 8_000,
-    "domain, running text": 3_000,
-    "general, as asked": 1_500,
-    "general, running text": 2_500,
+    "health": {
+        "domain, as asked": 16_000,
+        "domain, running text": 7_000,
+        "general, as asked": 3_000,
+        "general, running text": 4_000,
+    },
+    "code": {
+        "domain, as asked": 24_000,
+        "domain, running text": 24_000,
+        "general, as asked": 1_500,
+        "general, running text": 2_500,
+    },
 }
-"""How much of each kind is learnt from, once. General text keeps the model from forgetting it."""
+"""How much of each kind a profile learns from, once. General text keeps the model from forgetting it."""
 
 
 class Lora(torch.nn.Module):  # type: ignore[misc]
@@ -87,11 +95,13 @@ def adapt(model: transformers.PreTrainedModel) -> dict[str, Lora]:
     return made
 
 
-def steps(texts: dict[str, list[dict[str, list[int]]]]) -> list[list[dict[str, list[int]]]]:
+def steps(
+    texts: dict[str, list[dict[str, list[int]]]], most: dict[str, int]
+) -> list[list[dict[str, list[int]]]]:
     """Sequences in the order of their steps, each kind spread over all of them."""
     rng = random.Random(SEED)
     chosen = []
-    for kind, tokens_max in TOKENS.items():
+    for kind, tokens_max in most.items():
         tokens = 0
         for sequence in texts[kind]:
             if tokens >= tokens_max:
@@ -188,8 +198,9 @@ def main() -> None:
         texts = (FOLDER / f"{profile}.json").read_bytes()
         key = hashlib.sha256(texts + Path(__file__).read_bytes()).hexdigest()[
             :12
-        ]  # the checkpoint of these alone
-        train(model, loras, steps(json.loads(texts)["learnt"]), FOLDER / f"{profile}-{key}.checkpoint")
+        ]  # these alone go on from it
+        plan = steps(json.loads(texts)["learnt"], TOKENS[profile])
+        train(model, loras, plan, FOLDER / f"{profile}-{key}.checkpoint")
         path = FOLDER / f"{profile}.gguf"
         write(path, profile, loras)
         print(f"{path}: {path.stat().st_size} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

@@ -162,26 +162,36 @@ def builtin_model() -> Path:
 
 
 def adapters(profile: Profile, override: str = "") -> tuple[Adapter, ...]:
-    """The profile's adapters, with the paths of their files.
+    """The profile's adapters that fit the model it will run, with the paths of their files.
 
-    An adapter fits the model that it was trained on: none is applied where ``override`` names another one.
-    Raises ModelFileInvalid where there is no such file.
+    An adapter fits the model that it was trained on: a shipped one the built-in model alone, one of the
+    profile's own the model that the profile names. The others are left out. Raises ModelFileInvalid where
+    there is no such file.
     """
-    if not profile.adapters or (override and not _is_own_model(profile, Path(override).expanduser())):
-        return ()
-    return tuple(Adapter(path=str(_adapter_path(profile, a)), scale=a.scale) for a in profile.adapters)
+    return tuple(
+        Adapter(path=str(_adapter_path(profile, adapter)), scale=adapter.scale)
+        for adapter in profile.adapters
+        if _fits(adapter, profile, override)
+    )
 
 
-def _is_own_model(profile: Profile, path: Path) -> bool:
+def _fits(adapter: Adapter, profile: Profile, override: str) -> bool:
     try:
-        return path.samefile(model_path(profile))
+        if _is_shipped(adapter):
+            return model_path(profile, override).samefile(builtin_model())
+        return not override or Path(override).expanduser().samefile(model_path(profile))
     except (OSError, ModelFileInvalid):
         return False
 
 
+def _is_shipped(adapter: Adapter) -> bool:
+    """Whether it is named and not given as a path."""
+    return re.fullmatch(r"[\w-]+", adapter.path) is not None
+
+
 def _adapter_path(profile: Profile, adapter: Adapter) -> Path:
     shipped = _shipped_folder() / ADAPTERS_FOLDER
-    if re.fullmatch(r"[\w-]+", adapter.path):
+    if _is_shipped(adapter):
         path = shipped / f"{adapter.path}.gguf"
     else:
         path = (profile.folder or Path()) / Path(adapter.path).expanduser()
