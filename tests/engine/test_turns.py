@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fieldmesh.core.errors import DeadlineExceeded
-from fieldmesh.core.steps import SLICE_OVERSHOOT_TOKENS_MAX, Slice, StepPlan
+from fieldmesh.core.steps import Slice, StepPlan
 from fieldmesh.engine.fake import FakeModel
 from fieldmesh.engine.frames import Done, Embed, Embedded, Failed, Pause, Report, Submit
 from fieldmesh.engine.loop import EngineLoop
@@ -84,7 +84,7 @@ def test_a_long_prompt_of_one_does_not_hold_up_the_streams_of_another() -> None:
     table.submit("b", prompt="x" * 300, sampling=GREEDY)
     table.rounds(20)
     largest = max(tokens for name, tokens in table.steps if name == "b")
-    assert largest <= SETTINGS.mixed_tokens + SLICE_OVERSHOOT_TOKENS_MAX
+    assert largest <= SETTINGS.mixed_tokens
     assert [name for name, _ in table.steps[3:]] == ["a", "b"] * 20
 
 
