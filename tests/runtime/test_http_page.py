@@ -188,7 +188,7 @@ async def test_a_snapshot_is_the_nodes_view(node: Node) -> None:
     assert found["local"] == node.key.id
     (own,) = found["nodes"].values()
     assert (own["name"], own["state"], own["engine"]) == ("general", "alive", "ready")
-    assert own["pages"] == [f"http://{node.http_address}/"]
+    assert own["pages"] == [f"http://clinic.example:{node.http_address.port}/"]  # as it is to be called
     assert found["log"]["role"] == "none"
 
 

@@ -51,7 +51,6 @@ class Ollama:
             self._route("GET", "/api/tags", self._list),
             self._route("GET", "/api/ps", self._list_loaded),
             self._route("GET", "/api/version", self._version),
-            self._route("GET", "/", self._alive),
         ]
 
     def _route(self, method: str, path: str, handler: Handler) -> Route:
@@ -122,10 +121,6 @@ class Ollama:
     async def _reply_with(self, exchange: Exchange, offers: Mapping[str, ProfileOffer | None]) -> None:
         models = [ollama.model_entry(name, offer, self._since) for name, offer in offers.items()]
         await exchange.reply(encode({"models": models}))
-
-    async def _alive(self, exchange: Exchange) -> None:
-        """What its clients ask before anything else, and what people see who open the address."""
-        await exchange.reply(b"Ollama's API by Fieldmesh is running", content_type="text/plain")
 
     async def _show(self, exchange: Exchange) -> None:
         body = openai.parsed(exchange.body, ollama.Show)
