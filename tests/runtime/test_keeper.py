@@ -72,7 +72,7 @@ def test_models_are_listed_loaded_and_unloaded(node: Node, capsys: pytest.Captur
     def states() -> dict[str, str]:
         assert run(["models", "list", *asked, "--json"]) == 0
         found = document(capsys)
-        assert found["budget_bytes"] == 100 << 20
+        assert found["budget_bytes"] == ROOM_FOR_ONE.memory_mib_max << 20
         return {model["profile"]: model["state"] for model in found["models"]}
 
     assert states() == {"general": "ready", "code": "cold"}
