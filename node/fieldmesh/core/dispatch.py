@@ -228,6 +228,7 @@ _GIVEN_UP_STREAMING = (NodeState.UNREACHABLE, NodeState.DEAD)
 
 
 SERVED = "served"
+MOVED = "moved"
 """What an attempt that answered has in place of an error's code."""
 
 SETTLE_S = 5.0
@@ -516,7 +517,7 @@ class Dispatch:
         if leaving is None:
             return []
         self._record_one(
-            leaving.candidate, leaving.epoch, leaving.first_index, self._epoch_first_index, "moved"
+            leaving.candidate, leaving.epoch, leaving.first_index, self._epoch_first_index, MOVED
         )
         return [Cancel(epoch=leaving.epoch)]
 

@@ -16,6 +16,7 @@ from random import Random
 from typing import assert_never
 
 from fieldmesh.core.dispatch import (
+    MOVED,
     SERVED,
     Arrived,
     Cancel,
@@ -314,7 +315,7 @@ class Generation:
         """Attempts that dispatch has on record have ended."""
         for attempt in self._dispatch.attempts if self._hops else ():
             hop = self._hops.pop((attempt.epoch, attempt.node), None)
-            self._trace.end(hop, now, error="" if attempt.reason in (SERVED, "moved") else attempt.reason)
+            self._trace.end(hop, now, error="" if attempt.reason in (SERVED, MOVED) else attempt.reason)
 
     def _set_timer(self) -> None:
         due = self._dispatch.deadline

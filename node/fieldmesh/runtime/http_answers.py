@@ -50,10 +50,8 @@ async def answer(
     service: Service, exchange: Exchange, wanted: Wanted, telling: Callable[[str], Telling]
 ) -> None:
     """Answer one request; ``telling`` is given the name of the model that does. Raises FieldmeshError."""
-    ask, trace = (
-        replace(wanted.ask, explain=EXPLAIN in exchange.headers),
-        context_from(exchange.headers.items()),
-    )
+    ask = replace(wanted.ask, explain=EXPLAIN in exchange.headers)
+    trace = context_from(exchange.headers.items())
     async with aclosing(service.ask(ask, trace=trace)) as items:
         first = await anext(items)
         headers, model = _served_by(service, wanted.ask.request_id, first)
