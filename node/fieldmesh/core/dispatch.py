@@ -229,7 +229,7 @@ _GIVEN_UP_STREAMING = (NodeState.UNREACHABLE, NodeState.DEAD)
 
 SERVED = "served"
 MOVED = "moved"
-"""What an attempt that answered has in place of an error's code."""
+"""What an attempt that answered, or that another one took over from, has in place of an error's code."""
 
 SETTLE_S = 5.0
 """How long a node that has just started waits for the owners of names that it does not know."""

@@ -6,19 +6,50 @@ not: know the shape of a body.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
-from fieldmesh.core.model import Chunk, RequestId, Result
+from fieldmesh.core.model import Chunk, RequestId, Result, Target
+from fieldmesh.rpc import openai
+from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.rpc.openai import Wanted
 from fieldmesh.rpc.tracing import context_from
-from fieldmesh.runtime.http_door import TRACE_HEADER, Exchange
+from fieldmesh.runtime.door import Calls
+from fieldmesh.runtime.http_door import TRACE_HEADER, Endpoint, Exchange, Handler, Told
 from fieldmesh.runtime.service import Service
 
 EXPLAIN = "x-fieldmesh-explain"
 """The header by which the web page has the reasons of a decision kept, to be asked for afterwards."""
+
+
+class Api:
+    """What the routes of an API stand on: one service, the limits of requests, the names of models."""
+
+    def __init__(
+        self, service: Service, limits: Callable[[], RequestLimits], *, calls: Calls, body_bytes_max: int
+    ) -> None:
+        self._service = service
+        self._limits = limits
+        self._calls = calls
+        self._body_bytes_max = body_bytes_max
+
+    def _endpoint(
+        self, path: str, handler: Handler, methods: Sequence[str], document: Told, event: Told
+    ) -> Endpoint:
+        return Endpoint(
+            handler,
+            name=f"{methods[0]} {path.partition('/{')[0]}",
+            methods=methods,
+            calls=self._calls,
+            body_bytes_max=self._body_bytes_max,
+            document=document,
+            event=event,
+        )
+
+    def _resolve(self, name: str) -> Target:
+        return openai.target_of(name, self._service.view)
 
 
 class Telling(Protocol):

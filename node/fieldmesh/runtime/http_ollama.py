@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from fieldmesh import __version__
 from fieldmesh.core.errors import ModelNotFound
-from fieldmesh.core.model import Embeddings, ProfileOffer, Target
+from fieldmesh.core.model import Embeddings, ProfileOffer
 from fieldmesh.core.routing import Candidate
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import ollama, openai
@@ -22,22 +22,19 @@ from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.rpc.openai_answers import encode
 from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Calls
-from fieldmesh.runtime.http_answers import answer, served_by
-from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
+from fieldmesh.runtime.http_answers import Api, answer, served_by
+from fieldmesh.runtime.http_door import Exchange, Handler
 from fieldmesh.runtime.service import Service
 from fieldmesh.v1 import inference_pb2
 
 
-class Ollama:
+class Ollama(Api):
     """The routes of Ollama's API over one service."""
 
     def __init__(
         self, service: Service, limits: Callable[[], RequestLimits], *, calls: Calls, body_bytes_max: int
     ) -> None:
-        self._service = service
-        self._limits = limits
-        self._calls = calls
-        self._body_bytes_max = body_bytes_max
+        super().__init__(service, limits, calls=calls, body_bytes_max=body_bytes_max)
         self._since = time.time()
 
     def routes(self) -> list[Route]:
@@ -54,16 +51,8 @@ class Ollama:
         ]
 
     def _route(self, method: str, path: str, handler: Handler) -> Route:
-        endpoint = Endpoint(
-            handler,
-            name=f"{method} {path}",
-            methods=("GET", "HEAD") if method == "GET" else (method,),
-            calls=self._calls,
-            body_bytes_max=self._body_bytes_max,
-            document=ollama.error_line,
-            event=ollama.error_line,
-        )
-        return Route(path, endpoint)
+        methods = ("GET", "HEAD") if method == "GET" else (method,)
+        return Route(path, self._endpoint(path, handler, methods, ollama.error_line, ollama.error_line))
 
     async def _chat(self, exchange: Exchange) -> None:
         if not await self._loaded(exchange, chat=True):
@@ -138,6 +127,3 @@ class Ollama:
 
     async def _version(self, exchange: Exchange) -> None:
         await exchange.reply(encode({"version": ollama.SPOKEN_VERSION, "fieldmesh": __version__}))
-
-    def _resolve(self, name: str) -> Target:
-        return openai.target_of(name, self._service.view)

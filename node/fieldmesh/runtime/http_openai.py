@@ -13,21 +13,20 @@ from functools import partial
 from starlette.routing import Route
 
 from fieldmesh.core.errors import Draining, ModelNotFound
-from fieldmesh.core.model import Target
 from fieldmesh.rpc import inference as wire
 from fieldmesh.rpc import openai
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.rpc.openai_answers import Answer, embeddings_document, encode, error_document, error_event
 from fieldmesh.rpc.tracing import context_from
 from fieldmesh.runtime.door import Calls
-from fieldmesh.runtime.http_answers import answer, served_by
-from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler
+from fieldmesh.runtime.http_answers import Api, answer, served_by
+from fieldmesh.runtime.http_door import Exchange, Handler
 from fieldmesh.runtime.service import Service
 
 OWNER = "fieldmesh"
 
 
-class OpenAi:
+class OpenAi(Api):
     """The routes of OpenAI's API over one service."""
 
     def __init__(
@@ -38,10 +37,7 @@ class OpenAi:
         calls: Calls,
         body_bytes_max: int,
     ) -> None:
-        self._service = service
-        self._limits = limits
-        self._calls = calls
-        self._body_bytes_max = body_bytes_max
+        super().__init__(service, limits, calls=calls, body_bytes_max=body_bytes_max)
         self._began = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -57,16 +53,7 @@ class OpenAi:
         ]
 
     def _route(self, path: str, handler: Handler, methods: Sequence[str]) -> Route:
-        endpoint = Endpoint(
-            handler,
-            name=f"{methods[0]} {path.partition('/{')[0]}",
-            methods=methods,
-            calls=self._calls,
-            body_bytes_max=self._body_bytes_max,
-            document=error_document,
-            event=error_event,
-        )
-        return Route(path, endpoint)
+        return Route(path, self._endpoint(path, handler, methods, error_document, error_event))
 
     async def _chat(self, exchange: Exchange) -> None:
         wanted = openai.chat_wanted(
@@ -98,9 +85,6 @@ class OpenAi:
         made, by = await self._service.embed(texts, target, deadline_s=None, trace=trace)
         body = embeddings_document(made, by.offer.model, base64=wanted.base64)
         await exchange.reply(body, headers=served_by(by.member.name, by.offer.name, 1))
-
-    def _resolve(self, name: str) -> Target:
-        return openai.target_of(name, self._service.view)
 
     async def _models(self, exchange: Exchange) -> None:
         entries = [self._entry(name) for name in openai.model_names(self._service.view)]

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from starlette.routing import Route
 
 from fieldmesh.core.errors import PreviousResponseNotFound
-from fieldmesh.core.model import Message, Target
+from fieldmesh.core.model import Message
 from fieldmesh.core.shelf import Shelf
-from fieldmesh.rpc import openai, responses
+from fieldmesh.rpc import responses
 from fieldmesh.rpc.inference import RequestLimits
 from fieldmesh.rpc.openai_answers import encode, error_event
 from fieldmesh.rpc.responses_answers import Response, error_document
 from fieldmesh.runtime.door import Calls
-from fieldmesh.runtime.http_answers import answer
-from fieldmesh.runtime.http_door import Endpoint, Exchange, Handler, Refusal
+from fieldmesh.runtime.http_answers import Api, answer
+from fieldmesh.runtime.http_door import Exchange, Handler, Refusal
 from fieldmesh.runtime.service import Service
 
 KEPT_MAX = 1024
@@ -37,16 +37,13 @@ class KeptResponse:
     turns: tuple[Message, ...]
 
 
-class Responses:
+class Responses(Api):
     """The routes of the Responses API over one service."""
 
     def __init__(
         self, service: Service, limits: Callable[[], RequestLimits], *, calls: Calls, body_bytes_max: int
     ) -> None:
-        self._service = service
-        self._limits = limits
-        self._calls = calls
-        self._body_bytes_max = body_bytes_max
+        super().__init__(service, limits, calls=calls, body_bytes_max=body_bytes_max)
         self._kept: Shelf[KeptResponse] = Shelf(
             count_max=KEPT_MAX, bytes_max=KEPT_BYTES_MAX, age_max_s=KEPT_S
         )
@@ -59,16 +56,7 @@ class Responses:
         ]
 
     def _route(self, path: str, handler: Handler, methods: Sequence[str]) -> Route:
-        endpoint = Endpoint(
-            handler,
-            name=f"{methods[0]} {path.partition('/{')[0]}",
-            methods=methods,
-            calls=self._calls,
-            body_bytes_max=self._body_bytes_max,
-            document=error_document,
-            event=error_event,
-        )
-        return Route(path, endpoint)
+        return Route(path, self._endpoint(path, handler, methods, error_document, error_event))
 
     async def _create(self, exchange: Exchange) -> None:
         wanted = responses.response_wanted(
@@ -121,9 +109,6 @@ class Responses:
             await exchange.reply(encode({"id": response_id, "object": "response", "deleted": True}))
         else:
             await exchange.reply(kept.document)
-
-    def _resolve(self, name: str) -> Target:
-        return openai.target_of(name, self._service.view)
 
 
 WHERE_KEPT = f" The node that made it keeps it, for {KEPT_S / 3600:g} hours at most and never over a restart."
