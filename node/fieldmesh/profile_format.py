@@ -119,7 +119,7 @@ class Profile:
 
     ``model`` is a path (relative ones are relative to the profile's file) or ``builtin``.
     ``context_tokens`` is what prompt and answer may have together; ``slots`` how many generations run at
-    once; ``kv_type`` how their KV cache is kept (q8_0 halves its keys); ``n_gpu_layers`` how many layers go
+    once; ``kv_type`` how their KV cache is kept (q8_0 halves it); ``n_gpu_layers`` how many layers go
     to graphics cards, in the shares of ``tensor_split`` or all to ``main_gpu``. Among nodes that would be
     done at about the same time, the higher ``tier`` answers. The path of an adapter is relative to the
     profile's file, or the name of a shipped one. ``folder`` is where the profile was read from.

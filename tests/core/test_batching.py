@@ -909,20 +909,27 @@ def test_every_request_ends_exactly_once_with_all_its_tokens(works, actions, slo
 
 
 @settings(max_examples=80, deadline=None)
-@given(WORKS, st.sampled_from([0, 150, 600]), st.booleans(), st.randoms(use_true_random=False))
-def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works, stored, cuttable, random) -> None:  # type: ignore[no-untyped-def]
+@given(
+    WORKS,
+    st.sampled_from([0, 100, 500]),
+    st.sampled_from([0, 150, 600]),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works, parked, stored, cuttable, random) -> None:  # type: ignore[no-untyped-def]
     """A model cache driven by the plans alone, with states that come and go, transfers that take their time
     and fail, and places that turn out empty, holds each sequence's true tokens at every step."""
     config = replace(
         CONFIG,
         queue_max=25,
+        parked_cells=parked,
         stored_cells=stored,
         cuttable=cuttable,
         store_tokens_min=20,
         restore_tokens_min=8,
     )
     batcher, now = Batcher(config), 0.0
-    slots: dict[int, list[int]] = {i: [] for i in range(CONFIG.slots)}
+    slots: dict[int, list[int]] = {i: [] for i in range(3 * CONFIG.slots)}
     states: dict[str, list[int]] = {}
     loaded: tuple[str, list[int]] = ("", [])
     transfer: Callable[[], None] | None = None

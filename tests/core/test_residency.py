@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from fieldmesh.core.residency import NOWHERE, Residency, Source, state_name
-from fieldmesh.core.steps import BatcherConfig
+from fieldmesh.core.steps import BatcherConfig, Place, Save
 
 A, B, C = tuple(range(100)), tuple(range(500, 600)), tuple(range(900, 1000))
 NAME = state_name("", A)
@@ -35,14 +35,59 @@ def test_nothing_is_saved_in_the_step_that_places_a_fetched_state(cache: Residen
     source = cache.best("", (*A, 1, 2, 3), 101)
     assert source == Source(100, name=NAME)
     assert cache.fetch(NAME)
-    assert cache.place(0, "", (*A, 1, 2, 3), source, 120).state == NAME
+    assert cache.place(0, "", (*A, 1, 2, 3), source, 120)[-1].state == NAME
     cache.place(1, "", C, NOWHERE, 120)  # overwrites B, which would be worth saving
     assert cache.take_orders() == ((), None, "")
 
 
-def test_what_is_overwritten_is_saved_first_where_the_buffer_is_free(cache: Residency) -> None:
+def test_who_is_retired_moves_to_an_empty_slot(cache: Residency) -> None:
+    moved, own = cache.place(1, "", C, NOWHERE, 120)
+    assert moved == Place(slot=0, source=1, keep_tokens=100)
+    assert own == Place(slot=1, source=1, keep_tokens=0)
+    assert cache.best("", B, 99) == Source(99, slot=0)
+    assert cache.take_orders()[1] is None
+
+
+def test_what_moved_in_this_plan_is_not_saved_from_where_it_will_be(cache: Residency) -> None:
     cache.place(1, "", C, NOWHERE, 120)
-    save = cache.take_orders()[1]
+    cache.place(0, "", A, NOWHERE, 120)
+    assert cache.take_orders()[1] is None
+
+
+def test_what_did_not_arrive_where_it_moved_is_known_nowhere(cache: Residency) -> None:
+    cache.place(1, "", C, NOWHERE, 120)
+    cache.lose(0)
+    assert cache.best("", B, 99) == NOWHERE
+
+
+def test_where_all_slots_are_taken_what_was_retired_is_parked() -> None:
+    one = Residency(BatcherConfig(slots=1, context_tokens=256, cells_total=256, parked_cells=250))
+    one.place(0, "", A, NOWHERE, 120)
+    one.retire(0, "", A)
+    assert one.place(0, "", B, NOWHERE, 120)[0] == Place(slot=1, source=0, keep_tokens=100)
+    one.retire(0, "", B)
+    source = one.best("", (*A, 1), 100)
+    assert source == Source(100, slot=1)
+    assert one.place(0, "", (*A, 1), source, 120) == (
+        Place(slot=2, source=0, keep_tokens=100),
+        Place(slot=0, source=1, keep_tokens=100),
+    )
+    one.retire(0, "", (*A, 1))
+    one.place(0, "", C, NOWHERE, 120)  # there is room for two: over what was retired first
+    assert one.best("", (*A, 1, 2), 102) == Source(101, slot=1)
+    one.check()
+
+
+def full(cache: Residency) -> Save | None:
+    """Overwrite the only retired sequence while the other slot is taken."""
+    cache.place(0, "", A, NOWHERE, 120)
+    cache.begin_plan()
+    cache.place(1, "", C, NOWHERE, 120)
+    return cache.take_orders()[1]
+
+
+def test_what_is_overwritten_is_saved_first_where_the_buffer_is_free(cache: Residency) -> None:
+    save = full(cache)
     assert save is not None
     assert (save.slot, save.token_ids) == (1, B)
     assert not cache.claim()

@@ -94,12 +94,12 @@ def test_a_fast_box_computes_as_much_in_a_step_as_there_is_room_for() -> None:
     assert (chosen.prefill_tokens, chosen.mixed_tokens) == (256, 256)
 
 
-def test_beside_streams_a_step_is_as_short_as_a_reader_bears() -> None:
-    step_s = scaling(0.006, 0.003)  # about SmolLM2 on one core
+def test_beside_streams_prompts_get_no_more_of_a_step_than_a_reader_bears() -> None:
+    step_s = scaling(0.006, 0.005)  # about SmolLM2 on two old cores
     chosen = Box(step_s).measure(limits(threads=1))
     prompt_tokens = chosen.mixed_tokens - 4
-    assert step_s(Trial(1, 4, 1)) + step_s(Trial(1, 1, prompt_tokens)) <= MIXED_STEP_S_MAX
-    assert chosen.mixed_tokens == 32
+    assert step_s(Trial(1, 1, prompt_tokens)) <= MIXED_STEP_S_MAX
+    assert chosen.mixed_tokens == 96
 
 
 def test_a_slow_box_lets_prompts_pass_all_the_same() -> None:

@@ -119,7 +119,7 @@ class Bench:
 @pytest.fixture(params=["reused", "computed", "adapted"])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     adapter = write_tiny_adapter(
-        tmp_path / "adapter.gguf", rank=8, inputs=1536, outputs=576, weight="blk.20.ffn_down.weight"
+        tmp_path / "adapter.gguf", rank=9, inputs=1536, outputs=576, weight="blk.20.ffn_down.weight"
     )
     settings = EngineSettings(
         model_path=str(builtin_model()),

@@ -48,9 +48,14 @@ def header(**changed: Value) -> GgufHeader:
 
 def test_the_cache_takes_what_llama_cpp_says_that_it_takes() -> None:
     assert estimate(header(), SETTINGS).kv == 180 * MIB
-    assert estimate(header(), replace(SETTINGS, kv_type="q8_0")).kv == pytest.approx(137.8125 * MIB)
-    both = replace(SETTINGS, kv_type="q8_0", flash_attention=True)
-    assert estimate(header(), both).kv == pytest.approx(95.625 * MIB)
+    assert estimate(header(), replace(SETTINGS, kv_type="q8_0")).kv == pytest.approx(95.625 * MIB)
+    keys_alone = replace(SETTINGS, kv_type="q8_0", flash_attention=False)
+    assert estimate(header(), keys_alone).kv == pytest.approx(137.8125 * MIB)
+
+
+def test_what_finished_answers_may_keep_beside_the_cache_counts() -> None:
+    without = replace(SETTINGS, reuse_prefixes=False)
+    assert estimate(header(), SETTINGS).total - estimate(header(), without).total == 22.5 * MIB
 
 
 def test_an_engine_that_keeps_states_has_room_for_one_on_its_way() -> None:
@@ -125,7 +130,7 @@ def test_a_little_too_much_is_remedied_by_smaller_keys() -> None:
 
 
 def test_more_is_remedied_by_a_shorter_context() -> None:
-    advice = 'context_tokens = 1024 or kv_type = "q8_0" with context_tokens = 1536 would fit.'
+    advice = 'context_tokens = 1024 or kv_type = "q8_0" with context_tokens = 1792 would fit.'
     assert refusal(330).endswith(f": {advice}")
 
 

@@ -13,7 +13,7 @@ import pytest
 from fieldmesh.core.model import Sampling
 from fieldmesh.core.steps import Place, Slice
 from fieldmesh.engine.likelihood import logprobs
-from fieldmesh.engine.llama import LlamaModel, draw_seed
+from fieldmesh.engine.llama import LlamaModel, draw_seed, passes
 from fieldmesh.engine.settings import EngineSettings
 from tests.engine.tiny_model import write_tiny_model
 
@@ -104,6 +104,42 @@ def test_a_chain_of_copies_in_one_step_holds(model: LlamaModel, whole: np.ndarra
     model.place(places)
     rows = model.run([piece("c", 2, 110, PROMPT[110:]), piece("d", 0, 0, PROMPT[:9])])
     assert np.array_equal(model.logits(rows["c"]), whole)
+
+
+def test_what_was_parked_comes_back_as_it_was(model: LlamaModel, whole: np.ndarray) -> None:
+    prefill(model, 0, 150, until=100)
+    assert (
+        model.place([Place(slot=9, source=0, keep_tokens=100), Place(slot=0, source=0, keep_tokens=0)]) == []
+    )
+    assert model.state_bytes(9) == len(saved(model, 9)) > 0
+    assert model.place([Place(slot=3, source=9, keep_tokens=60)]) == []
+    rows = model.run([piece("b", 3, 60, PROMPT[60:])])
+    assert np.array_equal(model.logits(rows["b"]), whole)
+
+
+def test_nothing_is_parked_but_all_of_a_slot(model: LlamaModel) -> None:
+    prefill(model, 0, 150, until=100)
+    assert model.place([Place(slot=9, source=0, keep_tokens=90)]) == [9]
+    assert model.place([Place(slot=9, source=2, keep_tokens=90)]) == [9]
+    assert model.place([Place(slot=3, source=9, keep_tokens=60)]) == [3]
+
+
+def test_a_step_is_computed_in_pieces_as_far_as_answers_are_promised_to_be_exact() -> None:
+    """And whatever samples is in the last pass."""
+    slices = [
+        piece("long", 2, 200, tuple(range(100))),
+        piece("new", 1, 0, tuple(range(150))),
+        piece("next", 0, 240, (7,)),
+    ]
+    shape = [
+        [(s.id, s.position, len(s.token_ids), s.sample) for s in run] for run in passes(slices, exact=True)
+    ]
+    assert shape == [
+        [("new", 0, 24, False)],
+        [("new", 24, 63, False), ("long", 200, 56, False)],
+        [("next", 240, 1, True), ("new", 87, 63, True), ("long", 256, 44, True)],
+    ]
+    assert [len(run) for run in passes(slices, exact=False)] == [3]
 
 
 def test_a_slot_without_the_tokens_that_it_should_keep_is_emptied_and_named(model: LlamaModel) -> None:

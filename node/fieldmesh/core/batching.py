@@ -183,7 +183,7 @@ class Batcher:
             if found is None:
                 break
             del self._waiting[found[0].work.id]
-            places.append(self._place(*found, now))
+            places.extend(self._place(*found, now))
         return tuple(places)
 
     def _room_is_possible(self) -> bool:
@@ -287,10 +287,10 @@ class Batcher:
         if waiting.state in self.cache.stored:
             self.cache.stored.unpin(waiting.state)
 
-    def _place(self, waiting: Waiting, source: Source, now: float) -> Place:
+    def _place(self, waiting: Waiting, source: Source, now: float) -> tuple[Place, ...]:
         work = waiting.work
         # Continue in the slot that holds the prefix; else stay beside running neighbours (llama.cpp computes
-        # neighbouring sequences in one pass) and overwrite what was used least recently.
+        # neighbouring sequences in one pass).
         running = {s.slot for s in self._running.values()}
         free = [i for i in range(self.config.slots) if i not in running]
         slot = source.slot if source.slot in free else min(free, key=lambda i: self._slot_cost(i, running))
@@ -316,10 +316,12 @@ class Batcher:
         """What was to be in these slots is not there: compute their sequences from the beginning. Returns the
         new slices of the planned step."""
         assert self._planned is not None, "there is no plan to mend"
+        lost = set(slots)
+        for slot in lost:
+            self.cache.lose(slot)
         for sequence in self._running.values():
-            if sequence.slot in slots:
-                sequence.computed = self.cache.computed[sequence.slot] = 0
-                sequence.cached = 0
+            if sequence.slot in lost:
+                sequence.computed = sequence.cached = 0
         self._planned = replace(self._planned, slices=self._share(self._planned_at))
         return self._planned.slices
 

@@ -1,9 +1,11 @@
-"""Where computed tokens are: in the slots of the cache, and in states that were saved from there.
+"""Where computed tokens are: in the slots of the cache, parked beside it, and in states that were saved.
 
 Owns: which slot holds which tokens, which saved state holds which, what is worth saving or loading, and the
 one transfer that may be under way between the two. Must not: know requests, priorities, files or bytes.
 
-A retired sequence stays in its slot until the slot or its cells are needed, and longer as a saved state::
+A retired sequence stays in its slot until that is needed. Then it moves to an empty slot, or to a *parking*
+slot, which is memory that nothing runs in (numbers from ``config.slots`` on), or over what was retired before it.
+Where there is no such place, and for what has to leave a parking slot, there are saved states::
 
     slot ──save──> SAVING ──saved──> stored ──fetch──> FETCHING ──fetched──> FETCHED ──place──> slot
                       └──failed           └──evicted       └──failed             └──let go──> stored
@@ -53,10 +55,11 @@ class Residency:
 
     def __init__(self, config: BatcherConfig) -> None:
         self._config = config
-        self.slots: RadixTree[int] = RadixTree(config.cells_total)
+        self.slots: RadixTree[int] = RadixTree(config.cells_total + config.parked_cells)
         self.stored: RadixTree[str] = RadixTree(config.stored_cells)
-        self.computed = [0] * config.slots
-        self.freed_order = [0] * config.slots
+        self._places = range(config.slots * (3 if config.parked_cells else 1))
+        self.computed = [0] * len(self._places)
+        self.freed_order = [0] * len(self._places)
         self._order = 0
         self._phase = Phase.FREE
         self._moving = ""
@@ -64,6 +67,8 @@ class Residency:
         self._fetch = ""
         self._drops: list[str] = []
         self._idle_saving = True
+        self._parking = self._places[config.slots :]
+        self._moved_to: set[int] = set()  # slots of which a save would still read what was there before
 
     def __repr__(self) -> str:
         return f"Residency(slots={self.slots!r}, stored={self.stored!r}, {self._phase.value})"
@@ -109,13 +114,16 @@ class Residency:
 
     # --- slots ------------------------------------------------------------------------------
 
-    def place(self, slot: int, adapter: str, tokens: Sequence[int], source: Source, cells: int) -> Place:
+    def place(
+        self, slot: int, adapter: str, tokens: Sequence[int], source: Source, cells: int
+    ) -> tuple[Place, ...]:
         """Give ``slot`` to a sequence that may need ``cells`` cells and begins with what ``source`` has.
-        Other retired sequences leave where their cells are needed."""
-        if slot in self.slots:
-            if source.slot != slot:
-                self._spill(slot)
+        Who was retired there moves to another slot; others leave where their cells are needed."""
+        before: tuple[Place, ...] = ()
+        if source.slot == slot:
             self.slots.remove(slot)
+        elif slot in self.slots:
+            before = self._move_out(slot, source)
         evicted = self.slots.evict(cells)
         assert evicted is not None, "more cells were reserved than there are"
         self.slots.insert(slot, adapter, tokens, cells=cells, pinned=True)
@@ -124,12 +132,55 @@ class Residency:
             assert (self._phase, self._moving) == (Phase.FETCHED, source.name)
             self._phase = Phase.PLACING
             self.stored.touch(source.name)
-        return Place(
-            slot=slot,
-            source=source.slot if source.slot >= 0 else slot,
-            keep_tokens=source.keep,
-            state=source.name,
-        )
+        where = source.slot if source.slot >= 0 else slot
+        return *before, Place(slot=slot, source=where, keep_tokens=source.keep, state=source.name)
+
+    def _move_out(self, slot: int, source: Source) -> tuple[Place, ...]:
+        """Move what is retired in ``slot`` to where it is not in the way, or save it. ``source`` is still to
+        be read."""
+        adapter, tokens = self.slots.key(slot), self.slots.tokens(slot)
+        to = self._where_to(slot, source.slot)
+        self._spill(slot if to is None else to)
+        if to is not None and to in self.slots:
+            self.slots.remove(to)
+        self.slots.remove(slot)
+        if to is None:
+            return ()
+        self.slots.insert(to, adapter, tokens)
+        self.computed[to], self.freed_order[to] = len(tokens), self.freed_order[slot]
+        self._moved_to.add(to)
+        return (Place(slot=to, source=slot, keep_tokens=len(tokens)),)
+
+    def _where_to(self, slot: int, but: int) -> int | None:
+        """An empty slot, else that of what was retired first; None where that is ``slot`` itself, or where what
+        it holds is not worth the way."""
+        length = self.slots.length(slot)
+        parked = sum(self.slots.length(i) for i in self._parking if i in self.slots)
+        others = [
+            i
+            for i in self._places
+            if i not in (slot, but)
+            and self._older(i, slot)
+            and (i not in self._parking or parked - self._length(i) + length <= self._config.parked_cells)
+        ]
+        if not others or length < self._config.reuse_tokens_min:
+            return None
+        return min(others, key=lambda i: (i in self.slots, i in self._parking, self.freed_order[i]))
+
+    def _length(self, slot: int) -> int:
+        return self.slots.length(slot) if slot in self.slots else 0
+
+    def _older(self, slot: int, than: int) -> bool:
+        """Whether a slot is empty, or was retired before another."""
+        if slot not in self.slots:
+            return True
+        return not self.slots.pinned(slot) and self.freed_order[slot] < self.freed_order[than]
+
+    def lose(self, slot: int) -> None:
+        """What should be in a slot is not there."""
+        self.computed[slot] = 0
+        if slot in self.slots and not self.slots.pinned(slot):
+            self.slots.remove(slot)
 
     def retire(self, slot: int, adapter: str, tokens: Sequence[int]) -> None:
         """The sequence in ``slot`` ended with ``tokens`` computed: they stay until they have to leave."""
@@ -143,7 +194,7 @@ class Residency:
 
     def _spill(self, slot: int) -> None:
         """Save what ``slot`` holds before it is overwritten, where that is worth it and possible just now."""
-        if self._phase is Phase.FREE:
+        if slot in self.slots and self._phase is Phase.FREE and slot not in self._moved_to:
             adapter, tokens = self.slots.key(slot), self.slots.tokens(slot)
             if self._worth_saving(adapter, tokens):
                 self.save(slot, adapter, tokens)
@@ -244,6 +295,7 @@ class Residency:
         """The last plan was carried out."""
         if self._phase is Phase.PLACING:
             self._phase = Phase.FREE
+        self._moved_to.clear()
 
     def take_orders(self) -> tuple[tuple[str, ...], Save | None, str]:
         """What the host has to do with saved states: drops, a save, a fetch."""

@@ -3,15 +3,16 @@
 Owns: what is worth measuring next within how much time, and what follows from it. Must not: run or time
 anything.
 
-Open to choice is only what changes no answer. Flash attention and the KV cache's type are promised to users
-(``engine.llama``, profiles) and never measured; nor is the split of the cache among sequences.
+Open to choice is only what changes no answer and no state that may go to another box. Flash attention and
+the KV cache's type are part of both and never measured (``engine.llama``, profiles), nor is the split of the
+cache among sequences.
 
 - *Threads*: up to the cores that the process may use, for llama.cpp's threads spin while they wait for each
   other: on a busy box two can be slower than one. The fewest that are about as fast as the best.
 - *Prefill slice* (while nothing decodes): as large as a step of ``PREFILL_STEP_S_MAX`` allows. Larger slices
   are computed faster, but a cancel, a deadline and an arrival wait for the step's end.
-- *Mixed slice* (beside running streams): as large as a step of ``MIXED_STEP_S_MAX`` allows, which is the gap
-  that a stream shows when a long prompt arrives.
+- *Mixed slice* (beside running streams): what of prompts takes ``MIXED_STEP_S_MAX``, which is the gap that a
+  stream shows when a long prompt arrives. Smaller ones keep who arrives together waiting for each other.
 
 What was measured while the box had other work (``undisturbed``) says how many threads to run beside that
 work, but nothing of slices, and is not worth keeping: the next start measures anew.
@@ -30,7 +31,7 @@ ONE_THREAD_S_MAX = 3.0
 FAR_SLOWER_FACTOR = 5.0
 """A thread count whose step is so much slower than another's is tried no further."""
 PREFILL_STEP_S_MAX = 1.0
-MIXED_STEP_S_MAX = 0.15
+MIXED_STEP_S_MAX = 0.5
 FEWER_THREADS_FACTOR = 1.1
 """Fewer threads are taken where more would be faster by less than this."""
 OWN_SHARE_MIN = 0.8
@@ -147,13 +148,8 @@ def choose(timings: Timings, limits: Limits) -> Choice:
         prefill = max(fast, default=min(PREFILL_TOKENS_MIN, most.prefill_tokens))
     if "mixed_tokens" in limits.open:
         least = limits.slots + MIXED_PREFILL_TOKENS_MIN
-        streams_s = _took_s(timings, Trial(threads, limits.slots, 1))
-        fast = [
-            n
-            for n in SLICES
-            if least < n <= prefill
-            and streams_s + _slice_s(n - limits.slots, threads, timings) <= MIXED_STEP_S_MAX
-        ]
+        sizes = [n for n in SLICES if least < n <= prefill]
+        fast = [n for n in sizes if _slice_s(n - limits.slots, threads, timings) <= MIXED_STEP_S_MAX]
         mixed = max(fast, default=least)
     return Choice(threads=threads, prefill_tokens=prefill, mixed_tokens=mixed)
 

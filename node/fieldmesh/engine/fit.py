@@ -56,11 +56,12 @@ def estimate(header: GgufHeader, settings: EngineSettings) -> Fit:
     logits = settings.slots * shape.vocabulary * 4
     sequence = int(a_token * context + 4 * shape.state_values)
     moving = min(sequence, settings.state_bytes_max)  # the buffer through which saved states pass
+    parked = int(a_token * settings.parked_tokens)  # finished answers, beside the cache
     return Fit(
         weights=header.weights_bytes,
         kv=sequence * settings.slots,
         compute=settings.step_tokens_max * 4 * widest + 2 * logits,
-        process=PROCESS_BYTES + moving + VOCABULARY_ENTRY_BYTES * shape.vocabulary,
+        process=PROCESS_BYTES + moving + parked + VOCABULARY_ENTRY_BYTES * shape.vocabulary,
     )
 
 

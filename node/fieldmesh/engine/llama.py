@@ -3,14 +3,15 @@
 Owns: the model, the context, its batch, samplers, pieces of tokens, the library's log. Must not: schedule,
 speak to the host, or know what a generation is. One thread owns a LlamaModel.
 
-The KV cache is one stream a slot (``kv_unified`` off), flash attention is off unless asked for, and the
-library is built without llamafile's matrix code (requirements/engine.cmake). On a CPU a sequence's logits are
-then bit-identical whatever shares its step, however its tokens were cut into steps, and whether they were
-drawn here or came with the request. Measured with SmolLM2's Q4_1 weights on x86: slices of 1 to 512 tokens,
-1 to 15 decoders beside them. With that code, a token computed alone differed from one among others by up to
-0.6 in a logit. Not promised: for K-quants, which have code of their own for eight tokens and more, for Arm's
-matrix instructions, and for GPUs. The library puts sequences into one pass only where their ids are
-consecutive, so rows go in by slot and the scheduler prefers neighbouring slots.
+The KV cache is one stream a slot (``kv_unified`` off) with flash attention. Up to ``EXACT_TOKENS``, prompt
+and answer together, what a sequence says on a CPU is bit-identical whatever shares its steps, however its
+tokens were cut into steps, and whether they were drawn here or came with the request. For that, no more than
+``PIECE_TOKENS`` of its tokens are computed at once there: from 64 on, llama.cpp's attention takes another
+way, and for one lone token with more than 256 behind it a third, which round differently (by up to 0.7 in a
+logit of SmolLM2). Beyond, most greedy answers are the same, but none is promised. Nor is it promised for GPUs,
+and for weights that are multiplied in another way where several tokens meet them: K-quants and 16-bit weights
+on x86, Arm's matrix instructions, adapters whose rank is a multiple of four. The library puts sequences into
+one pass only where their ids are consecutive, so rows go in by slot and the scheduler prefers neighbours.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from fieldmesh.engine.settings import EngineSettings
 LOG_LINES_MAX = 20
 PENALTY_WINDOW_TOKENS = 1024
 PIECE_BYTES_MAX = 512
+EXACT_TOKENS = 256
+PIECE_TOKENS = 63
 
 LIBRARY_VERSION: str = llama_cpp.__version__
 
@@ -89,9 +92,11 @@ class LlamaModel:
             self.vocabulary_tokens, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)]
         )
         self._copy = memoryview(bytearray())
-        self._copy_bytes = 0
+        self._copied = -1
+        self._parked: dict[int, memoryview] = {}
         self._pieces: dict[int, bytes] = {}
         self._settings = settings
+        self._exact = settings.flash_attention and not settings.n_gpu_layers
         self._encoder: Encoder | None = None
         self._ends = frozenset(
             t for t in range(self.vocabulary_tokens) if lib.llama_vocab_is_eog(self._vocab, t)
@@ -206,24 +211,35 @@ class LlamaModel:
         place may name. Returns the slots that could not be brought there: they are empty now.
 
         Tokens are copied between slots as states: in proportion to their number, where the library's own copy
-        (``llama_memory_seq_cp``) moves the whole stream, however little is in it.
+        (``llama_memory_seq_cp``) moves the whole stream, however little is in it. From ``settings.slots`` on,
+        a slot is memory in which a state lies and nothing is computed.
         """
-        failed, copied = [], -1
-        for place in places:
-            done = True
-            if place.state:
-                done = fetched is not None and self.load_state(place.slot, fetched)
-            elif place.source != place.slot and place.keep_tokens:
-                if copied != place.source:
-                    self._copy_bytes = self._copy_out(place.source)
-                    copied = place.source
-                done = self.load_state(place.slot, self._copy[: self._copy_bytes])
-            if not done or not self.cut(place.slot, place.keep_tokens):
-                lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
-                failed.append(place.slot)
-            if place.slot == copied:
-                copied = -1
-        return failed
+        self._copied = -1
+        return [place.slot for place in places if not self._place(place, fetched)]
+
+    def _place(self, place: Place, fetched: memoryview | None) -> bool:
+        if place.slot >= self._settings.slots:
+            return self._park(place)
+        done = True
+        if place.state:
+            done = fetched is not None and self.load_state(place.slot, fetched)
+        elif place.source != place.slot and place.keep_tokens:
+            done = self.load_state(place.slot, self._parked.get(place.source) or self._copy_out(place.source))
+        if place.slot == self._copied:
+            self._copied = -1
+        if done and self.cut(place.slot, place.keep_tokens):
+            return True
+        lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
+        return False
+
+    def _park(self, place: Place) -> bool:
+        self._parked.pop(place.slot, None)
+        held = int(lib.llama_memory_seq_pos_max(self._memory, place.source)) + 1
+        if held == place.keep_tokens > 0:
+            state = memoryview(bytearray(self.state_bytes(place.source)))
+            self.save_state(place.source, state)
+            self._parked[place.slot] = state
+        return place.slot in self._parked
 
     def cut(self, slot: int, keep_tokens: int) -> bool:
         """Keep the first tokens of a slot and no others; False where the cache cannot do that."""
@@ -234,12 +250,15 @@ class LlamaModel:
             return False
         return last == keep_tokens - 1 or bool(lib.llama_memory_seq_rm(self._memory, slot, keep_tokens, -1))
 
-    def _copy_out(self, slot: int) -> int:
+    def _copy_out(self, slot: int) -> memoryview:
+        """The state of a slot, copied once for all who begin with it."""
         size = self.state_bytes(slot)
         if len(self._copy) < size:
             self._copy = memoryview(bytearray(size))
-        self.save_state(slot, self._copy)
-        return size
+        if self._copied != slot:
+            self.save_state(slot, self._copy[:size])
+            self._copied = slot
+        return self._copy[:size]
 
     # --- states -----------------------------------------------------------------------------
 
@@ -257,6 +276,8 @@ class LlamaModel:
 
     def state_bytes(self, slot: int) -> int:
         """Size of the state of all that is computed in ``slot``."""
+        if (parked := self._parked.get(slot)) is not None:
+            return len(parked)
         return int(lib.llama_state_seq_get_size(self._context, slot))
 
     def save_state(self, slot: int, into: memoryview) -> None:
@@ -275,8 +296,14 @@ class LlamaModel:
     def run(self, slices: Sequence[Slice]) -> dict[str, int]:
         """Compute one step. Returns the row of the logits of every slice that samples, by id; those after the
         tokens of its draft follow."""
+        rows: dict[str, int] = {}
+        for pieces in passes(slices, exact=self._exact):
+            rows = self._decode(pieces)
+        return rows
+
+    def _decode(self, pieces: Sequence[Slice]) -> dict[str, int]:
         batch, row, rows = self._batch, 0, {}
-        for piece in sorted(slices, key=lambda s: s.slot):
+        for piece in pieces:
             for offset, token in enumerate(piece.token_ids + piece.draft):
                 batch.token[row] = token
                 batch.pos[row] = piece.position + offset
@@ -464,6 +491,38 @@ def draw_seed(seed: int, index: int) -> int:
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return (mixed ^ (mixed >> 31)) >> 32
+
+
+def passes(slices: Sequence[Slice], *, exact: bool) -> list[list[Slice]]:
+    """The passes of a step, each by slot; what samples is in the last. ``exact``: of a sequence's first
+    ``EXACT_TOKENS``, none has more than ``PIECE_TOKENS``."""
+    step: list[list[Slice]] = []
+    for whole in sorted(slices, key=lambda s: s.slot):
+        below = EXACT_TOKENS - whole.position if exact else 0
+        for number, piece in enumerate(_cut(whole, below)):
+            if number == len(step):
+                step.append([])
+            step[number].append(piece)
+    return step[::-1]
+
+
+def _cut(whole: Slice, below: int) -> list[Slice]:
+    """A slice in pieces, the last first: of its first ``below`` tokens, few at once."""
+    pieces, end = [], len(whole.token_ids)
+    while end:
+        start = below if end > below > 0 else max(0, end - PIECE_TOKENS) if end <= below else 0
+        last = end == len(whole.token_ids)
+        pieces.append(
+            replace(
+                whole,
+                position=whole.position + start,
+                token_ids=whole.token_ids[start:end],
+                sample=whole.sample and last,
+                draft=whole.draft if last else (),
+            )
+        )
+        end = start
+    return pieces
 
 
 def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) -> lib.llama_model_p:
