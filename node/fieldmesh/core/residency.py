@@ -4,8 +4,8 @@ Owns: which slot holds which tokens, which saved state holds which, what is wort
 one transfer that may be under way between the two. Must not: know requests, priorities, files or bytes.
 
 A retired sequence stays in its slot until that is needed. Then it moves to an empty slot, or to a *parking*
-slot, which is memory that nothing runs in (numbers from ``config.slots`` on), or over what was retired before it.
-Where there is no such place, and for what has to leave a parking slot, there are saved states::
+slot, which is memory that nothing runs in (numbers from ``config.slots`` on), or over what was retired before
+it. Where there is no such place, and for what has to leave a parking slot, there are saved states::
 
     slot ──save──> SAVING ──saved──> stored ──fetch──> FETCHING ──fetched──> FETCHED ──place──> slot
                       └──failed           └──evicted       └──failed             └──let go──> stored
@@ -152,8 +152,8 @@ class Residency:
         return (Place(slot=to, source=slot, keep_tokens=len(tokens)),)
 
     def _where_to(self, slot: int, but: int) -> int | None:
-        """An empty slot, else that of what was retired first; None where that is ``slot`` itself, or where what
-        it holds is not worth the way."""
+        """An empty slot, else that of what was retired first; None where that is ``slot`` itself, or where
+        what it holds is not worth the way."""
         length = self.slots.length(slot)
         parked = sum(self.slots.length(i) for i in self._parking if i in self.slots)
         others = [

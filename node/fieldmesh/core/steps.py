@@ -33,11 +33,11 @@ class BatcherConfig:
     about 130 ms instead of 25. ``reuse_tokens_min``: a shorter common prefix is not worth the copy.
 
     ``cuttable`` is False where the cache can keep all of a sequence or nothing (recurrent layers).
-    ``parked_cells`` bounds what stays beside the cache when its slot is needed (0: nothing), in twice as many
-    places as there are slots. ``stored_cells`` bounds saved states (0: none are kept). A retired sequence is
-    saved where it has at least ``store_tokens_min`` tokens that no saved state has, and a state is loaded where
-    it spares at least ``restore_tokens_min`` tokens of prefill (both guesses: about a second, and a quarter of
-    one, of prefill).
+    ``parked_cells`` bounds what stays beside the cache when its slot is needed (0: nothing), in twice as
+    many places as there are slots. ``stored_cells`` bounds saved states (0: none are kept). A retired
+    sequence is saved where it has at least ``store_tokens_min`` tokens that no saved state has, and a state
+    is loaded where it spares at least ``restore_tokens_min`` tokens of prefill (both guesses: about a
+    second, and a quarter of one, of prefill).
     ``preempt_tokens_min``: who has fewer tokens left to produce is not preempted any more.
 
     ``draft_tokens_max`` bounds what is guessed for a sequence that is alone (core.lookup; 0: nothing is). 15

@@ -8,10 +8,11 @@ and answer together, what a sequence says on a CPU is bit-identical whatever sha
 tokens were cut into steps, and whether they were drawn here or came with the request. For that, no more than
 ``PIECE_TOKENS`` of its tokens are computed at once there: from 64 on, llama.cpp's attention takes another
 way, and for one lone token with more than 256 behind it a third, which round differently (by up to 0.7 in a
-logit of SmolLM2). Beyond, most greedy answers are the same, but none is promised. Nor is it promised for GPUs,
-and for weights that are multiplied in another way where several tokens meet them: K-quants and 16-bit weights
-on x86, Arm's matrix instructions, adapters whose rank is a multiple of four. The library puts sequences into
-one pass only where their ids are consecutive, so rows go in by slot and the scheduler prefers neighbours.
+logit of SmolLM2). Beyond, most greedy answers are the same, but none is promised. Nor is it promised for
+GPUs, or for weights that are multiplied in another way where several tokens meet: K-quants and 16-bit
+weights on x86, Arm's matrix instructions, adapters whose rank is a multiple of four. The library puts
+sequences into one pass only where their ids are consecutive, so rows go in by slot and the scheduler prefers
+neighbours.
 """
 
 from __future__ import annotations
