@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.request import Request, urlopen
 
 import grpc
 
@@ -161,6 +162,27 @@ class Mesh:
         if answer["entry_node"] != node:
             raise Unexpected(f"{node} was asked, {answer['entry_node']} says that it was")
         return answer
+
+    def open_door(self, node: str) -> None:
+        """The page, and one answer, through the node's published HTTP port. Raises Unexpected."""
+        url = f"http://127.0.0.1:{self.project.http_ports[node]}"
+        asked = {
+            "model": "auto",
+            "max_tokens": TOKENS_MAX,
+            "messages": [{"role": "user", "content": QUESTION}],
+        }
+        request = Request(
+            f"{url}/v1/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urlopen(f"{url}/", timeout=VIEW_TIMEOUT_S) as page:
+                titled = b"<title>" in page.read()
+            with urlopen(request, timeout=ASK_TIMEOUT_S) as answer:
+                said = json.load(answer)["choices"][0]["message"]["content"]
+        except OSError as error:
+            raise Unexpected(f"{node} cannot be asked over HTTP: {error}") from None
+        if not titled or not said.strip():
+            raise Unexpected(f"{node} showed no page, or said nothing over HTTP: {said!r}")
 
     def ask_all(self, nodes: Iterable[str], *, lost: str | None) -> tuple[int, int]:
         """Every domain, and none, through each of the nodes: how many were answered, how many by a fallback.
@@ -350,6 +372,8 @@ def test(project: Project, mesh: Mesh, rows: list[Row]) -> None:
     quiet.converged_s = f"{mesh.settled():.1f}"
     mesh.learn_owners()
     quiet.asked, quiet.fallbacks = mesh.ask_all(NODES, lost=None)
+    for node in NODES:
+        mesh.open_door(node)
     print(f"  ✓ three containers are healthy and find each other ({quiet.took_s:.0f} s)", flush=True)
     rows.append(quiet)
     for fault in faults(project):

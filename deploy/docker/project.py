@@ -65,7 +65,9 @@ class Project:
 
     def __init__(self, name: str, image: str) -> None:
         self.name = name
-        self.ports = dict(zip(NODES, _free_ports(len(NODES)), strict=True))
+        free = _free_ports(2 * len(NODES))
+        self.ports = dict(zip(NODES, free, strict=False))
+        self.http_ports = dict(zip(NODES, free[len(NODES) :], strict=True))
         self.subnet = _free_subnet()
         self.network = f"{name}_mesh"
         self.second_network = f"{name}-second"
@@ -87,6 +89,7 @@ class Project:
         self._env = {
             "MESH_IMAGE": image,
             **{f"MESH_PORT_{node.upper()}": str(port) for node, port in self.ports.items()},
+            **{f"MESH_HTTP_{node.upper()}": str(port) for node, port in self.http_ports.items()},
         }
         self._ids: dict[str, str] = {}
 
