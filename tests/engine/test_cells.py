@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,13 +116,17 @@ def test_sixteen_who_arrive_together_compute_their_shared_600_tokens_once(
     bench.close()
 
 
-@pytest.mark.parametrize("states", [0, 1 << 24], ids=["computed again", "saved"])
+@pytest.mark.parametrize(
+    "kept",
+    [{"reuse_prefixes": False}, {}, {"state_bytes_max": 1 << 24}],
+    ids=["computed again", "parked", "saved"],
+)
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_a_preempted_stream_draws_what_it_would_have_drawn(
-    tiny_model: Path, quiet: Bench, sampling: Sampling, states: int
+    tiny_model: Path, quiet: Bench, sampling: Sampling, kept: dict[str, Any]
 ) -> None:
     long = replace(sampling, max_tokens=60)
-    bench = make_bench(tiny_model, slots=1, state_bytes_max=states)
+    bench = make_bench(tiny_model, slots=1, **kept)
     batch = bench.ask(tokens_from(0, 100), long, priority=Priority.BATCH)
     while len(bench.answers[batch]) < 20:
         bench.step()
@@ -130,7 +135,7 @@ def test_a_preempted_stream_draws_what_it_would_have_drawn(
     assert list(bench.usages) == [interactive, batch]
     assert bench.answers[batch] == quiet.answer(tokens_from(0, 100), long)
     assert bench.answers[interactive] == quiet.answer(tokens_from(50, 100), sampling)
-    again = 0 if states else 119
+    again = 0 if kept.get("reuse_prefixes", True) else 119
     assert bench.computed == 100 + 59 + again + 100 + 11
     bench.close()
 
@@ -227,10 +232,10 @@ def test_a_bad_file_is_removed_and_its_tokens_are_computed(
     assert bad == path.name or bad not in {p.name for p in tmp_path.iterdir()}
 
 
-def test_states_made_with_another_cache_type_are_removed(tiny_model: Path, tmp_path: Path) -> None:
-    for kind in ("f16", "q8_0"):
+def test_states_made_with_other_arithmetic_are_removed(tiny_model: Path, tmp_path: Path) -> None:
+    for flash in (True, False):
         bench = make_bench(
-            tiny_model, slots=1, state_bytes_max=KEPT, state_folder=str(tmp_path), kv_type=kind
+            tiny_model, slots=1, state_bytes_max=KEPT, state_folder=str(tmp_path), flash_attention=flash
         )
         key = bench.ask((*STORY, 5, 6, 7))
         bench.run()

@@ -39,7 +39,7 @@ def path() -> Path:
 
 @pytest.fixture(scope="module")
 def llama(path: Path) -> Iterator[Llama]:
-    made = Llama(str(path), n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False)
+    made = Llama(str(path), n_ctx=2048, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
     yield made
     made.close()
 
@@ -89,7 +89,15 @@ async def test_side_by_side_it_answers_the_same(engine: Engine, expected: list[s
 
 
 async def test_logprobs_are_those_that_llama_gives(path: Path, engine: Engine) -> None:
-    judge = Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
+    judge = Llama(
+        str(path),
+        n_ctx=512,
+        n_threads=1,
+        n_threads_batch=1,
+        flash_attn=True,
+        verbose=False,
+        logits_all=True,
+    )
     reply = judge.create_completion(
         "Once upon a time", max_tokens=6, temperature=0, repeat_penalty=1.0, logprobs=5
     )

@@ -144,11 +144,11 @@ async def test_an_engine_that_keeps_no_states_says_so(tiny_model: Path) -> None:
     await engine.close()
 
 
-async def test_a_state_of_another_model_or_cache_type_is_refused(
+async def test_a_state_made_with_other_arithmetic_is_refused(
     pair: tuple[EngineProcess, EngineProcess], tiny_model: Path
 ) -> None:
     state = await exported(pair[0], GREEDY, "typed")
-    engine = EngineProcess(settings(tiny_model, kv_type="q8_0"))
+    engine = EngineProcess(settings(tiny_model, flash_attention=False))
     await engine.start()
     with pytest.raises(StateRefused, match="settings of its cache"):
         await engine.import_(state)
