@@ -29,7 +29,7 @@ import transformers
 
 FOLDER = Path(".run/adapters")
 SEED = 20
-RANK, ALPHA = 8, 16.0
+RANK, ALPHA = 9, 18.0  # no multiple of four: so an answer is the same alone and in company (engine.llama)
 FIRST_LAYER = 14
 TARGETS = {"attn_output": "self_attn.o_proj", "ffn_down": "mlp.down_proj"}
 LEARNING_RATE, WARM_UP_STEPS = 2e-3, 4
