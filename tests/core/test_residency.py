@@ -78,6 +78,19 @@ def test_where_all_slots_are_taken_what_was_retired_is_parked() -> None:
     one.check()
 
 
+def test_for_a_longer_one_several_that_were_parked_leave() -> None:
+    one = Residency(BatcherConfig(slots=1, context_tokens=256, cells_total=256, parked_cells=250))
+    for tokens in (A, B, tuple(range(1000, 1200))):
+        one.place(0, "", tokens, NOWHERE, 220)
+        one.retire(0, "", tokens)
+    assert one.place(0, "", C, NOWHERE, 120) == (
+        Place(slot=2, source=2, keep_tokens=0),
+        Place(slot=1, source=0, keep_tokens=200),
+        Place(slot=0, source=0, keep_tokens=0),
+    )
+    one.check()
+
+
 def full(cache: Residency) -> Save | None:
     """Overwrite the only retired sequence while the other slot is taken."""
     cache.place(0, "", A, NOWHERE, 120)

@@ -111,10 +111,23 @@ def test_what_was_parked_comes_back_as_it_was(model: LlamaModel, whole: np.ndarr
     assert (
         model.place([Place(slot=9, source=0, keep_tokens=100), Place(slot=0, source=0, keep_tokens=0)]) == []
     )
-    assert model.state_bytes(9) == len(saved(model, 9)) > 0
+    assert model.place([Place(slot=1, source=1, keep_tokens=100, state="it")], saved(model, 9)) == []
+    rows = model.run([piece("a", 1, 100, PROMPT[100:])])
+    assert np.array_equal(model.logits(rows["a"]), whole)
     assert model.place([Place(slot=3, source=9, keep_tokens=60)]) == []
     rows = model.run([piece("b", 3, 60, PROMPT[60:])])
     assert np.array_equal(model.logits(rows["b"]), whole)
+
+
+def test_what_comes_from_an_empty_slot_is_not_what_was_there(model: LlamaModel) -> None:
+    prefill(model, 2, 150, until=120)
+    assert model.place([Place(slot=2, source=1, keep_tokens=60)]) == [2]
+
+
+def test_a_slot_that_was_brought_right_after_all_is_not_named(model: LlamaModel) -> None:
+    prefill(model, 0, 150, until=100)
+    places = [Place(slot=3, source=1, keep_tokens=90), Place(slot=3, source=0, keep_tokens=90)]
+    assert model.place(places) == []
 
 
 def test_nothing_is_parked_but_all_of_a_slot(model: LlamaModel) -> None:
@@ -198,6 +211,14 @@ def test_other_architectures_keep_copy_and_save_whole_sequences(other: LlamaMode
     for slot in (2, 3, 0):
         rows = other.run([piece("b", slot, 100, PROMPT[100:])])
         assert np.array_equal(other.logits(rows["b"]), cold)
+
+
+def test_a_state_is_not_cut_where_its_windows_would_be_empty(other: LlamaModel) -> None:
+    other.place([Place(slot=i, source=i, keep_tokens=0) for i in range(4)])
+    prefill(other, 1, 100, until=100)
+    assert other.place([Place(slot=2, source=1, keep_tokens=60)]) == [2]
+    assert other.place([Place(slot=3, source=1, keep_tokens=100)]) == []
+    assert other.place([Place(slot=3, source=3, keep_tokens=60)]) == [3]
 
 
 def test_a_cache_that_can_be_cut_is_cut_right_and_one_that_cannot_says_so(other: LlamaModel) -> None:

@@ -308,9 +308,9 @@ class Batcher:
         self._served[work.tenant] += len(waiting.tokens) - source.keep
         return self.cache.place(slot, work.adapter, waiting.tokens, source, work.cells)
 
-    def _slot_cost(self, index: int, running: set[int]) -> tuple[int, bool, int]:
+    def _slot_cost(self, index: int, running: set[int]) -> tuple[bool, int, bool, int]:
         beside = len(running & {index - 1, index + 1})
-        return -beside, index in self.cache.slots, self.cache.freed_order[index]
+        return self.cache.stays(index), -beside, index in self.cache.slots, self.cache.freed_order[index]
 
     def restart(self, slots: Iterable[int]) -> tuple[Slice, ...]:
         """What was to be in these slots is not there: compute their sequences from the beginning. Returns the

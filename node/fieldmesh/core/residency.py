@@ -25,6 +25,8 @@ from fieldmesh.core.radix import RadixTree
 from fieldmesh.core.steps import BatcherConfig, Place, Save
 
 NAME_BYTES = 16
+MOVED_TOKENS_MAX = 512
+"""Longer sequences stay until they are saved: to copy them would hold up a step (10 ms with SmolLM2)."""
 
 
 class Phase(Enum):
@@ -67,7 +69,7 @@ class Residency:
         self._fetch = ""
         self._drops: list[str] = []
         self._idle_saving = True
-        self._parking = self._places[config.slots :]
+        self._real, self._parking = self._places[: config.slots], self._places[config.slots :]
         self._moved_to: set[int] = set()  # slots of which a save would still read what was there before
 
     def __repr__(self) -> str:
@@ -140,32 +142,46 @@ class Residency:
         be read."""
         adapter, tokens = self.slots.key(slot), self.slots.tokens(slot)
         to = self._where_to(slot, source.slot)
-        self._spill(slot if to is None else to)
-        if to is not None and to in self.slots:
-            self.slots.remove(to)
-        self.slots.remove(slot)
         if to is None:
+            self._spill(slot)
+            self.slots.remove(slot)
             return ()
+        emptied = self._clear(to, len(tokens), source.slot)
+        self.slots.remove(slot)
         self.slots.insert(to, adapter, tokens)
         self.computed[to], self.freed_order[to] = len(tokens), self.freed_order[slot]
         self._moved_to.add(to)
-        return (Place(slot=to, source=slot, keep_tokens=len(tokens)),)
+        return *emptied, Place(slot=to, source=slot, keep_tokens=len(tokens))
 
     def _where_to(self, slot: int, but: int) -> int | None:
         """An empty slot, else that of what was retired first; None where that is ``slot`` itself, or where
         what it holds is not worth the way."""
         length = self.slots.length(slot)
-        parked = sum(self.slots.length(i) for i in self._parking if i in self.slots)
-        others = [
-            i
-            for i in self._places
-            if i not in (slot, but)
-            and self._older(i, slot)
-            and (i not in self._parking or parked - self._length(i) + length <= self._config.parked_cells)
-        ]
-        if not others or length < self._config.reuse_tokens_min:
+        if not self._config.reuse_prefixes or not self._config.reuse_tokens_min <= length <= MOVED_TOKENS_MAX:
             return None
-        return min(others, key=lambda i: (i in self.slots, i in self._parking, self.freed_order[i]))
+        staying = sum(self._length(i) for i in self._parking if i == but or not self._older(i, slot))
+        places = self._places if staying + length <= self._config.parked_cells else self._real
+        others = [i for i in places if i not in (slot, but) and self._older(i, slot)]
+        return min(
+            others, key=lambda i: (i in self.slots, i in self._parking, self.freed_order[i]), default=None
+        )
+
+    def _clear(self, slot: int, length: int, but: int) -> list[Place]:
+        """Make room for ``length`` tokens in ``slot``: of what is parked, the oldest leaves."""
+        leaving = [slot] if slot in self.slots else []
+        if slot in self._parking:
+            parked = sorted((i for i in self._parking if i in self.slots), key=lambda i: self.freed_order[i])
+            room = self._config.parked_cells - sum(map(self._length, parked)) + self._length(slot)
+            for oldest in parked:
+                if room >= length:
+                    break
+                if oldest not in (slot, but):
+                    leaving.append(oldest)
+                    room += self._length(oldest)
+        for one in leaving:
+            self._spill(one)
+            self.slots.remove(one)
+        return [Place(slot=one, source=one, keep_tokens=0) for one in leaving if one != slot]
 
     def _length(self, slot: int) -> int:
         return self.slots.length(slot) if slot in self.slots else 0
@@ -175,6 +191,10 @@ class Residency:
         if slot not in self.slots:
             return True
         return not self.slots.pinned(slot) and self.freed_order[slot] < self.freed_order[than]
+
+    def stays(self, slot: int) -> bool:
+        """Whether what was retired in a slot is too long to move, and would be lost from memory with it."""
+        return self._length(slot) > MOVED_TOKENS_MAX
 
     def lose(self, slot: int) -> None:
         """What should be in a slot is not there."""

@@ -147,7 +147,7 @@ def choose(timings: Timings, limits: Limits) -> Choice:
         fast = [n for n in sizes if _slice_s(n, threads, timings) <= PREFILL_STEP_S_MAX]
         prefill = max(fast, default=min(PREFILL_TOKENS_MIN, most.prefill_tokens))
     if "mixed_tokens" in limits.open:
-        least = limits.slots + MIXED_PREFILL_TOKENS_MIN
+        least = min(limits.slots + MIXED_PREFILL_TOKENS_MIN, max(most.prefill_tokens, most.mixed_tokens))
         sizes = [n for n in SLICES if least < n <= prefill]
         fast = [n for n in sizes if _slice_s(n - limits.slots, threads, timings) <= MIXED_STEP_S_MAX]
         mixed = max(fast, default=least)

@@ -56,7 +56,9 @@ def estimate(header: GgufHeader, settings: EngineSettings) -> Fit:
     logits = settings.slots * shape.vocabulary * 4
     sequence = int(a_token * context + 4 * shape.state_values)
     moving = min(sequence, settings.state_bytes_max)  # the buffer through which saved states pass
-    parked = int(a_token * settings.parked_tokens)  # finished answers, beside the cache
+    parked = 0  # finished answers, beside the cache
+    if settings.parked_tokens:
+        parked = int(a_token * settings.parked_tokens + 2 * settings.slots * 4 * shape.state_values)
     return Fit(
         weights=header.weights_bytes,
         kv=sequence * settings.slots,

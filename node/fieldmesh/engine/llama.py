@@ -9,7 +9,7 @@ tokens were cut into steps, and whether they were drawn here or came with the re
 ``PIECE_TOKENS`` of its tokens are computed at once there: from 64 on, llama.cpp's attention takes another
 way, and for one lone token with more than 256 behind it a third, which round differently (by up to 0.7 in a
 logit of SmolLM2). Beyond, most greedy answers are the same, but none is promised. Nor is it promised for
-GPUs, or for weights that are multiplied in another way where several tokens meet: K-quants and 16-bit
+GPUs, or for weights that are multiplied in another way where several tokens meet: K-quants, 16- and 32-bit
 weights on x86, Arm's matrix instructions, adapters whose rank is a multiple of four. The library puts
 sequences into one pass only where their ids are consecutive, so rows go in by slot and the scheduler prefers
 neighbours.
@@ -216,31 +216,48 @@ class LlamaModel:
         a slot is memory in which a state lies and nothing is computed.
         """
         self._copied = -1
-        return [place.slot for place in places if not self._place(place, fetched)]
+        done = {place.slot: self._place(place, fetched) for place in places}
+        return [slot for slot, there in done.items() if not there]
 
     def _place(self, place: Place, fetched: memoryview | None) -> bool:
         if place.slot >= self._settings.slots:
             return self._park(place)
-        done = True
+        state = None
         if place.state:
-            done = fetched is not None and self.load_state(place.slot, fetched)
+            state = fetched or memoryview(b"")
         elif place.source != place.slot and place.keep_tokens:
-            done = self.load_state(place.slot, self._parked.get(place.source) or self._copy_out(place.source))
+            state = self._parked.get(place.source) or self._copy_out(place.source)
         if place.slot == self._copied:
             self._copied = -1
-        if done and self.cut(place.slot, place.keep_tokens):
+        done = True
+        if state is not None:
+            # A state without tokens is taken, and changes nothing.
+            lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
+            done = bool(state) and self.load_state(place.slot, state)
+        if done and self._reaches(place.slot, place.keep_tokens) and self.cut(place.slot, place.keep_tokens):
             return True
         lib.llama_memory_seq_rm(self._memory, place.slot, -1, -1)
         return False
 
+    def _reaches(self, slot: int, keep_tokens: int) -> bool:
+        """Whether layers with a sliding window have all of it before ``keep_tokens``: a state brings them the
+        last window alone."""
+        window = int(lib.llama_model_n_swa(self._model))
+        if not window or int(lib.llama_memory_seq_pos_max(self._memory, slot)) + 1 == keep_tokens:
+            return True
+        return int(lib.llama_memory_seq_pos_min(self._memory, slot)) <= max(0, keep_tokens - window + 1)
+
     def _park(self, place: Place) -> bool:
         self._parked.pop(place.slot, None)
+        if place.keep_tokens == 0:
+            return True
         held = int(lib.llama_memory_seq_pos_max(self._memory, place.source)) + 1
-        if held == place.keep_tokens > 0:
-            state = memoryview(bytearray(self.state_bytes(place.source)))
-            self.save_state(place.source, state)
-            self._parked[place.slot] = state
-        return place.slot in self._parked
+        if held != place.keep_tokens:
+            return False
+        state = memoryview(bytearray(self.state_bytes(place.source)))
+        self.save_state(place.source, state)
+        self._parked[place.slot] = state
+        return True
 
     def cut(self, slot: int, keep_tokens: int) -> bool:
         """Keep the first tokens of a slot and no others; False where the cache cannot do that."""
@@ -284,6 +301,9 @@ class LlamaModel:
     def save_state(self, slot: int, into: memoryview) -> None:
         """Write the state of ``slot``. Takes 2 ms for 23 MB into memory that was touched before, and 60 ms
         into fresh memory. Raises Internal where ``into`` is too small."""
+        if (parked := self._parked.get(slot)) is not None:
+            into[: len(parked)] = parked
+            return
         data = (ctypes.c_uint8 * len(into)).from_buffer(into)
         if lib.llama_state_seq_get_data(self._context, data, len(into), slot) == 0:
             raise Internal(f"the state of a sequence does not fit into {len(into)} bytes")
