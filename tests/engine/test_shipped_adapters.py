@@ -102,6 +102,14 @@ def test_a_shipped_adapter_fits_the_default_model(name: str) -> None:
     assert check_adapters(settings, read_header(str(path))) > 0
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_adapter_has_a_rank_that_keeps_answers_exact(name: str) -> None:
+    """llamafile's matrix code, which rounds otherwise for several tokens than for one, takes multiples of four."""
+    shapes = read_header(str(adapter_path(name))).shapes
+    ranks = {shape[1] for tensor, shape in shapes.items() if tensor.endswith(".lora_a")}
+    assert ranks and all(rank % 4 for rank in ranks)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("name", SHIPPED)
 async def test_a_shipped_adapter_changes_a_greedy_answer(name: str) -> None:
