@@ -104,7 +104,7 @@ def test_a_shipped_adapter_fits_the_default_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_adapter_has_a_rank_that_keeps_answers_exact(name: str) -> None:
-    """llamafile's matrix code, which rounds otherwise for several tokens than for one, takes multiples of four."""
+    """Multiples of four are taken by llamafile's matrix code, which rounds otherwise for several tokens."""
     shapes = read_header(str(adapter_path(name))).shapes
     ranks = {shape[1] for tensor, shape in shapes.items() if tensor.endswith(".lora_a")}
     assert ranks and all(rank % 4 for rank in ranks)
