@@ -66,7 +66,7 @@ async def ask(engine: Engine, one: Job) -> Answer:
     return await collect(engine.submit(one))
 
 
-async def wait_load(engine: Engine, condition: Callable[[Load], bool], timeout_s: float = 10.0) -> Load:
+async def wait_load(engine: Engine, condition: Callable[[Load], bool], timeout_s: float = 30.0) -> Load:
     """Return once the engine's load satisfies ``condition``."""
     async with asyncio.timeout(timeout_s):
         while not condition(engine.load()):
