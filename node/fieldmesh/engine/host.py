@@ -156,11 +156,15 @@ class EngineProcess(EngineFront):
         self, running: Running, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Return when the process, in which others live on, has given back what this engine had."""
+
+        async def given_back() -> None:
+            writer.write_eof()
+            while await reader.read(LEFT_OVER_BYTES):
+                pass
+
         try:
-            async with asyncio.timeout(self.settings.watchdog_s):
-                writer.write_eof()
-                while await reader.read(LEFT_OVER_BYTES):
-                    pass
+            # Not asyncio.timeout: where the task is being cancelled, Python 3.11.2 has that end in CancelledError.
+            await asyncio.wait_for(given_back(), self.settings.watchdog_s)
         except TimeoutError:  # a process that is stuck is of no use to the others either
             running.kill()
         except OSError:  # it is gone
