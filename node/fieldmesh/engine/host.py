@@ -163,7 +163,7 @@ class EngineProcess(EngineFront):
                 pass
 
         try:
-            # Not asyncio.timeout: where the task is being cancelled, Python 3.11.2 has that end in CancelledError.
+            # Not asyncio.timeout: while the task is being cancelled, that is of no use in Python 3.11.2.
             await asyncio.wait_for(given_back(), self.settings.watchdog_s)
         except TimeoutError:  # a process that is stuck is of no use to the others either
             running.kill()
