@@ -529,9 +529,11 @@ def passes(slices: Sequence[Slice], *, exact: bool) -> list[list[Slice]]:
 
 def _cut(whole: Slice, below: int) -> list[Slice]:
     """A slice in pieces, the last first: of its first ``below`` tokens, few at once."""
+    if below <= 0 or len(whole.token_ids) <= PIECE_TOKENS:
+        return [whole]
     pieces, end = [], len(whole.token_ids)
     while end:
-        start = below if end > below > 0 else max(0, end - PIECE_TOKENS) if end <= below else 0
+        start = below if end > below else max(0, end - PIECE_TOKENS)
         last = end == len(whole.token_ids)
         pieces.append(
             replace(
