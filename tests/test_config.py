@@ -261,7 +261,7 @@ _texts = st.text(
 
 
 @given(environ=st.dictionaries(_variables, _texts, max_size=4))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_environment_makes_anything_but_a_configuration_or_a_refusal(environ: dict[str, str]) -> None:
     try:
         load(environ=environ, folder=Path("/nonexistent"))
@@ -293,7 +293,7 @@ _literals = st.sampled_from(
 
 
 @given(lines=st.lists(st.tuples(_sections, _keys, _literals), max_size=4), junk=st.text(max_size=20))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_file_makes_anything_but_a_configuration_or_a_refusal(
     tmp_path: Path, lines: list[tuple[str, str, str]], junk: str
 ) -> None:

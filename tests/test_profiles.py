@@ -207,7 +207,7 @@ def test_domains_too_large_for_a_directory_row_are_refused() -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_give_a_profile_or_a_coded_error(data: bytes) -> None:
     try:
         assert isinstance(parse(data, source="x"), Profile)
@@ -240,7 +240,7 @@ def toml(value: object) -> str:
 
 
 @given(st.sampled_from(["name", "model", "slots", "sampling", "adapters", "domains", "tier"]), TOML_VALUES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_value_in_any_key_gives_a_profile_or_a_coded_error(key: str, value: object) -> None:
     name = "" if key == "name" else 'name = "a"\n'
     try:
@@ -283,7 +283,6 @@ NAMES = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,8}[A-Za-z0-9])?", fullmatch
         ).map(tuple),
     )
 )
-@settings(deadline=None)
 def test_what_is_written_is_read_back_the_same(profile: Profile) -> None:
     assert parse(dump(profile).encode(), source="x") == profile
 

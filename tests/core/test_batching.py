@@ -861,7 +861,7 @@ WORKS = st.lists(
 ACTIONS = st.lists(st.sampled_from(["step", "step", "step", "cancel", "pause", "resume"]), max_size=60)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WORKS, ACTIONS, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_every_request_ends_exactly_once_with_all_its_tokens(works, actions, slots, random) -> None:  # type: ignore[no-untyped-def]
     config = replace(CONFIG, slots=slots, cells_total=max(256, 200 * slots), queue_max=25)
@@ -908,7 +908,7 @@ def test_every_request_ends_exactly_once_with_all_its_tokens(works, actions, slo
             assert drive.finished().count(name) == 1
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     WORKS,
     st.sampled_from([0, 100, 500]),
@@ -998,7 +998,7 @@ def test_what_a_slot_holds_is_always_what_the_plan_builds_on(works, parked, stor
         assert len(truth[f"w{number}"]) == prompt + tokens_max
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WORKS, st.sampled_from([0, 300]), st.booleans())
 def test_nothing_starves_while_interactive_requests_keep_coming(works, stored, disk_works) -> None:  # type: ignore[no-untyped-def]
     """Each request of any priority is done within a bounded virtual time of an endless foreground load, with

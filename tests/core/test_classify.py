@@ -253,7 +253,7 @@ def test_only_the_beginning_of_a_long_text_is_read() -> None:
 
 
 @given(st.text(st.characters(exclude_categories=()), max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_gets_an_answer_in_bounds(text: str) -> None:
     found = trained(MUSHROOMS, CARS).classify(text)
     assert 0.0 <= found.confidence <= 1.0

@@ -103,7 +103,7 @@ class TreeAgainstLists(RuleBasedStateMachine):
             assert (self.tree.key(holder), self.tree.pinned(holder)) == (key, pins > 0)
 
 
-TreeAgainstLists.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TreeAgainstLists.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestTreeAgainstLists = TreeAgainstLists.TestCase
 
 

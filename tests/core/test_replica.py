@@ -238,7 +238,7 @@ def test_interrupts_of_the_process_are_not_swallowed_with_the_panics() -> None:
         a.apply(DirectoryPush(epoch=0, update=b"x"), 0.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_hostile_updates_never_raise_and_never_cost_a_row(data: st.DataObject) -> None:
     a, b = replica("a"), replica("b")
@@ -298,7 +298,7 @@ def test_a_compacted_directory_can_still_be_cut_in_pages() -> None:
     assert empty.epoch == full.epoch == 1 and len(empty.rows) == 61 and empty.mark == full.mark
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_no_crafted_state_vector_gets_an_answer_beyond_the_bound(data: st.DataObject) -> None:
     full = _FULL
@@ -408,7 +408,7 @@ def test_a_snapshot_brings_others_rows_back_and_damage_is_told() -> None:
         assert empty.snapshot_damaged and not empty.rows
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.randoms(use_true_random=False), st.integers(2, 5))
 def test_replicas_agree_whatever_was_lost_doubled_or_reordered(rng: Random, count: int) -> None:
     replicas = [replica(f"n{i}", seed=rng.random()) for i in range(count)]

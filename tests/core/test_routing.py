@@ -562,7 +562,7 @@ NEEDS = st.builds(
 
 
 @given(MEMBERS, NEEDS, st.sampled_from(Policy), st.integers(0, 5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whoever_is_chosen_can_serve_and_whoever_refuses_says_why(
     members: list[Member], need: Need, policy: Policy, seed: int
 ) -> None:

@@ -372,7 +372,7 @@ events = st.lists(
 )
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=150)
 @given(events)
 def test_every_story_keeps_its_majority_and_ends_at_the_right_voters_without_flapping(
     story: list[tuple[str, str, float]],

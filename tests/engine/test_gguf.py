@@ -82,14 +82,14 @@ def test_missing_tensor_data_is_an_incomplete_download(tiny_model: Path, tmp_pat
     assert "incomplete" in refused(tmp_path / "f", tiny_model.read_bytes()[:-cut])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_header_cut_anywhere_is_refused(tiny_model: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = tiny_model.read_bytes()
     assert refused(tmp_path / "f", whole[: data.draw(st.integers(0, 12_000))])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 12_000), value=st.binary(min_size=1, max_size=8))
 def test_a_damaged_header_is_read_or_refused_but_never_worse(
     tiny_model: Path, tmp_path: Path, at: int, value: bytes

@@ -138,13 +138,13 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(control_messages)
 def test_every_message_comes_out_as_it_went_in(message: m.ControlMessage) -> None:
     assert wire.decode(wire.encode(SENDER, message)) == (SENDER, message)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows)
 def test_every_row_comes_out_as_it_went_in_and_is_always_spelt_the_same(row: Row) -> None:
     data = wire.encode_row(row)
@@ -162,7 +162,7 @@ def test_any_bytes_are_a_message_or_a_coded_refusal(data: bytes) -> None:
         assert refusal.field
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(control_messages, st.data())
 def test_a_spoilt_message_is_another_message_or_a_coded_refusal(
     message: m.ControlMessage, data: st.DataObject

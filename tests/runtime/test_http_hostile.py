@@ -300,7 +300,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[tu
 ACCEPTED = {200, 400, 403, 404, 405, 409, 413, 429, 431, 501, 503}
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(sent=requests())
 def test_whatever_is_sent_is_answered_or_refused(
     running: tuple[Run[bytes], Node, Crashes], sent: tuple[str, bytes, bool]

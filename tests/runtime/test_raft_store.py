@@ -124,7 +124,7 @@ class TestSaving:
         store.close()
         assert path.stat().st_size < 1_000_000
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         steps=st.lists(
             st.tuples(st.integers(0, 4), st.integers(0, 4), st.booleans(), st.binary(max_size=8)), max_size=12

@@ -88,10 +88,6 @@ class LlamaModel:
             self._opened = opened.pop_all()
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(settings.step_tokens_max, 0, 1)
-        self._token_ids = np.arange(self.vocabulary_tokens, dtype=np.int32)
-        self._candidates = np.empty(
-            self.vocabulary_tokens, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)]
-        )
         self._copy = memoryview(bytearray())
         self._copied = -1
         self._parked: dict[int, memoryview] = {}
@@ -362,16 +358,7 @@ class LlamaModel:
 
     def choose(self, chain: lib.llama_sampler_p, row: int) -> int:
         """The token that a chain of samplers draws from one row, accepted by the chain."""
-        candidates = self._candidates
-        candidates["id"] = self._token_ids
-        candidates["logit"] = self.logits(row)
-        candidates["p"] = 0.0
-        data = candidates.ctypes.data_as(ctypes.POINTER(lib.llama_token_data))
-        array = lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
-        lib.llama_sampler_apply(chain, ctypes.byref(array))
-        token = int(candidates["id"][array.selected])
-        lib.llama_sampler_accept(chain, token)
-        return token
+        return int(lib.llama_sampler_sample(chain, self._context, row))
 
     def close(self) -> None:
         """Free everything."""
