@@ -39,6 +39,13 @@ async def seated(node: Node, kind: SeatKind) -> None:
             await node.council.wait_changed()
 
 
+async def leads(node: Node) -> None:
+    """Return when the node leads its log: a disk may keep an election longer than a write waits for one."""
+    async with asyncio.timeout(20):
+        while not node.council.leading:
+            await node.council.wait_changed()
+
+
 async def has(node: Node, revision: int) -> None:
     async with asyncio.timeout(20):
         while node.council.state.revision < revision:
@@ -57,6 +64,7 @@ async def test_nodes_find_the_log_that_one_of_them_founded(site: Site) -> None:
     two, three = await site.start("two"), await site.start("three")
     for node in (two, three):
         await seated(node, SeatKind.OBSERVER)
+    await leads(one)
     outcome = await put(three.council, "app/x", 1)
     assert (outcome.code, outcome.revision) == (Code.DONE, 1)
     for node in (one, two, three):
