@@ -6,8 +6,8 @@ judge the result (evaluate.py). Runs in an environment of its own, made from req
     python deploy/adapters/train.py health code --model PATH/SmolLM2-135M-Instruct.Q4_1.gguf
 
 The base is llama.cpp's quantised file, dequantised: the adapter learns to correct the weights that it will
-meet. Only the two projections that write into the residual stream are adapted (attention output, feed-
-forward down), in the upper layers: on a CPU each adapted projection costs time in every step. Code takes
+meet. Only the two projections that write into the residual stream are adapted (attention output,
+feed-forward down), in the upper layers: on a CPU each adapted projection costs time in every step. Code takes
 more of them, for with 16 it gains too little on running text. Computed in bfloat16 with the adapter's own
 weights in float32. Ended at any time, it goes on from its last checkpoint; the same seed and the same texts
 give the same order of steps.
