@@ -108,7 +108,11 @@ class Ours:
     async def __aenter__(self) -> Self:
         for box in self._cluster.boxes.values():
             self._cluster.start(box)
-        await asyncio.to_thread(self._cluster.wait_formed)
+        try:
+            await asyncio.to_thread(self._cluster.wait_formed)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         self._clients = [AsyncClient([box.client]) for box in self._cluster.boxes.values()]
         return self
 

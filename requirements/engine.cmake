@@ -3,3 +3,16 @@
 # file right after the project's own project() line; plain variables win over the options that follow.
 set(LLAVA_BUILD OFF)
 set(LLAMA_BUILD_COMMON OFF)
+
+# GCC 12.2 thinks that _tile_loadconfig reads 8 of the 64 bytes that it is given, and leaves out the stores to the
+# others: llama.cpp's code for Intel's matrix instructions (AMX) then dies of an illegal one. This says it with all 64.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    set(whole_tile_config ${CMAKE_BINARY_DIR}/whole_tile_config.h)
+    file(WRITE ${whole_tile_config} "
+#ifdef __AMX_TILE__
+#include <immintrin.h>
+#define _tile_loadconfig(from) __asm__ volatile(\"ldtilecfg\\t%0\" : : \"m\"(*(const char(*)[64])(from)))
+#endif
+")
+    add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include ${whole_tile_config}>")
+endif()

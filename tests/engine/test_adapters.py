@@ -80,7 +80,7 @@ def refusal(model: Path, adapter: Path) -> str:
     [
         ({"architecture": "qwen2"}, "architecture qwen2, not llama"),
         ({"kind": "control_vector"}, "no LoRA adapter"),
-        ({"inputs": 2 * EMBEDDING}, r"corrects a weight of \(64, 32\), the model's is \(32, 32\)"),
+        ({"inputs": 2 * EMBEDDING}, r"corrects a weight of \(128, 64\), the model's is \(64, 64\)"),
         ({"up_rank": 3}, "have the ranks 2 and 3"),
         ({"weight": "blk.9.attn_output.weight"}, "the model has no such weight"),
     ],

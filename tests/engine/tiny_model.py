@@ -13,7 +13,8 @@ import gguf
 import numpy as np
 
 CONTEXT_TOKENS = 8192
-EMBEDDING, HEADS, LAYERS, FEED_FORWARD = 32, 4, 2, 64
+# Rows of two blocks of 32 weights: to those of one, llama.cpp's AMX code adds what nobody has written.
+EMBEDDING, HEADS, LAYERS, FEED_FORWARD = 64, 4, 2, 128
 CONVOLUTION, STATE, RANK = 4, 16, 2
 WORDS = ["▁", *"abcdefghijklmnopqrstuvwxyz .,?!", "▁the", "▁a", "▁field", "▁mesh", "ing", "er"]
 TEMPLATE = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -35,6 +36,8 @@ class Running:
         status = await self.process.wait()
         said = (await asyncio.shield(self.said)).strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"status {status}"
+        if status == -signal.SIGILL:
+            how += ": llama.cpp was built for another processor, build it on this one with make install"
         return f"the engine's process ended ({how})" + (f": {said[-1]}" if said else "")
 
     def kill(self) -> None:
