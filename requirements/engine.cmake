@@ -16,3 +16,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 ")
     add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include ${whole_tile_config}>")
 endif()
+
+# With half-precision arithmetic (AVX512-FP16) llama.cpp's attention adds up in 16 bits, and takes heads of 64 values one
+# value at a time, for its vectors hold 128: single precision is much faster there, and more exact.
+include(CheckCXXCompilerFlag)
+check_cxx_compiler_flag(-mno-avx512fp16 has_avx512fp16)
+if(has_avx512fp16)
+    add_compile_options("$<$<COMPILE_LANGUAGE:C,CXX>:-mno-avx512fp16>")
+endif()
