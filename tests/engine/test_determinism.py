@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from fieldmesh.core.model import Adapter, Message, Prompt, Sampling
+from fieldmesh.engine.drawing import Sampler
 from fieldmesh.engine.frames import Submit, Tokens
-from fieldmesh.engine.llama import LlamaModel, Sampler
+from fieldmesh.engine.llama import LlamaModel
 from fieldmesh.engine.loop import Drawn, EngineLoop, Walk
 from fieldmesh.engine.port import Job
 from fieldmesh.engine.settings import EngineSettings
@@ -50,9 +51,6 @@ class Recorded:
     def draw(self, row: int, index: int, forced: int | None = None) -> Drawn:
         self._rows.append(self._model.logits(row).tobytes())
         return self._inner.draw(row, index, forced)
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 class Bench:

@@ -4,16 +4,13 @@ shared. Method: the tiny model in this process, logits compared exactly."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fieldmesh.core.model import Sampling
 from fieldmesh.core.steps import Place, Slice
-from fieldmesh.engine.likelihood import logprobs
-from fieldmesh.engine.llama import LlamaModel, draw_seed, passes
+from fieldmesh.engine.llama import LlamaModel, passes
 from fieldmesh.engine.settings import EngineSettings
 from tests.engine.tiny_model import write_tiny_model
 
@@ -249,139 +246,3 @@ def test_control_tokens_are_recognised_and_have_no_text(model: LlamaModel) -> No
     assert model.piece(2) == b""
     assert model.end_tokens == {2}
     assert (model.bos, model.eos) == ("<s>", "</s>")
-
-
-# --- sampling ----------------------------------------------------------------------------------
-
-
-def draws(model: LlamaModel, sampling: Sampling, count: int, *, start: int = 0, seed: int = 3) -> list[int]:
-    """Tokens drawn from one and the same logits, at ``start`` and after."""
-    row = model.run([piece("a", 0, 0, PROMPT)])["a"]
-    logits = model.logits(row).copy()
-    sampler = model.sampler(sampling, seed, (), PROMPT)
-    drawn = []
-    for index in range(start, start + count):
-        model.logits(row)[:] = logits
-        drawn.append(sampler.draw(row, index).token_id)
-    sampler.close()
-    model.place([Place(slot=0, source=0, keep_tokens=0)])
-    return drawn
-
-
-WARM = Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0)
-
-
-def test_temperature_zero_takes_the_likeliest(model: LlamaModel, whole: np.ndarray) -> None:
-    assert draws(model, Sampling(temperature=0), 3) == [int(whole.argmax())] * 3
-
-
-def test_a_draw_depends_on_seed_and_index_only(model: LlamaModel) -> None:
-    ten = draws(model, WARM, 10)
-    assert len(set(ten)) > 3
-    assert draws(model, WARM, 4, start=6) == ten[6:]
-    assert draws(model, WARM, 10, seed=4) != ten
-
-
-def test_top_k_one_is_greedy(model: LlamaModel, whole: np.ndarray) -> None:
-    assert set(draws(model, replace(WARM, top_k=1), 8)) == {int(whole.argmax())}
-
-
-def test_top_k_top_p_and_min_p_keep_to_the_likeliest(model: LlamaModel, whole: np.ndarray) -> None:
-    order = np.argsort(-whole)
-    probabilities = np.exp(whole[order] / 1.0 - whole.max())
-    probabilities /= probabilities.sum()
-    one = replace(WARM, temperature=1.0)
-    assert set(draws(model, replace(one, top_k=4), 60)) <= set(order[:4].tolist())
-    nucleus = int(np.searchsorted(np.cumsum(probabilities), 0.3)) + 1
-    assert set(draws(model, replace(one, top_p=0.3), 60)) <= set(order[:nucleus].tolist())
-    enough = order[probabilities >= 0.5 * probabilities[0]]
-    assert set(draws(model, replace(one, min_p=0.5), 60)) <= set(enough.tolist())
-
-
-def test_draws_follow_the_models_probabilities(model: LlamaModel, whole: np.ndarray) -> None:
-    """The ten likeliest tokens come as often as they should (within five standard deviations)."""
-    probabilities = np.exp((whole - whole.max()) / 1.0)
-    probabilities /= probabilities.sum()
-    count = 2000
-    drawn = np.bincount(draws(model, replace(WARM, temperature=1.0), count), minlength=len(whole))
-    for token in np.argsort(-probabilities)[:10]:
-        expected = count * probabilities[token]
-        assert abs(drawn[token] - expected) < 5 * np.sqrt(expected)
-
-
-def test_presence_and_frequency_penalties_count_the_answer_alone(model: LlamaModel) -> None:
-    plain = Sampling(temperature=0)
-    (first,) = set(draws(model, plain, 4))
-    penalised = draws(model, replace(plain, presence_penalty=2.0, frequency_penalty=2.0), 6)
-    assert penalised[0] == first
-    assert len(set(penalised)) > 1
-
-
-def test_a_repetition_penalty_counts_the_prompt_too(model: LlamaModel, whole: np.ndarray) -> None:
-    seen = np.array(sorted(set(PROMPT)))
-    penalised = whole.copy()
-    penalised[seen] = np.where(whole[seen] > 0, whole[seen] / 5, whole[seen] * 5)
-    (token,) = draws(model, Sampling(temperature=0, repetition_penalty=5.0), 1)
-    assert token == int(penalised.argmax())
-
-
-def test_the_end_is_never_drawn_where_it_is_ignored_nor_too_early(model: LlamaModel) -> None:
-    row = model.run([piece("a", 0, 0, PROMPT)])["a"]
-    for sampling, index, may_end in [
-        (Sampling(temperature=0, ignore_eos=True), 50, False),
-        (Sampling(temperature=0, min_tokens=5), 4, False),
-        (Sampling(temperature=0, min_tokens=5), 5, True),
-        (Sampling(temperature=1, top_k=1, ignore_eos=True), 50, False),
-        (Sampling(temperature=1, top_k=1, min_tokens=5), 4, False),
-        (Sampling(temperature=1, top_k=1, min_tokens=5), 5, True),
-    ]:
-        model.logits(row)[2] = 1000.0
-        sampler = model.sampler(sampling, 1, (), PROMPT)
-        assert (sampler.draw(row, index).token_id == 2) is may_end
-        sampler.close()
-
-
-def test_a_bias_makes_a_token_certain_or_impossible(model: LlamaModel, whole: np.ndarray) -> None:
-    likeliest = int(whole.argmax())
-    other = int(whole.argmin())
-    assert draws(model, Sampling(temperature=0, logit_bias=((other, 100.0),)), 2) == [other] * 2
-    assert likeliest not in draws(model, replace(WARM, logit_bias=((likeliest, -100.0),)), 50)
-
-
-def test_logprobs_are_the_models_own_whatever_is_done_to_the_draw(
-    model: LlamaModel, whole: np.ndarray
-) -> None:
-    expected = whole.astype(np.float64) - whole.max()
-    expected -= np.log(np.exp(expected).sum())
-    order = np.argsort(-whole, kind="stable")
-    other = int(order[7])
-    for sampling in (
-        Sampling(temperature=0, logprobs=5),
-        replace(WARM, logprobs=5, repetition_penalty=2.0),
-        Sampling(temperature=0, logprobs=5, logit_bias=((other, 100.0),), ignore_eos=True),
-    ):
-        row = model.run([piece("a", 0, 0, PROMPT)])["a"]
-        sampler = model.sampler(sampling, 1, (), PROMPT)
-        drawn = sampler.draw(row, 0)
-        assert drawn.logprobs is not None
-        assert drawn.logprobs.drawn.token_id == drawn.token_id
-        assert drawn.logprobs.drawn.piece == model.piece(drawn.token_id)
-        assert drawn.logprobs.drawn.logprob == pytest.approx(expected[drawn.token_id], abs=1e-4)
-        assert [entry.token_id for entry in drawn.logprobs.top] == order[:5].tolist()
-        assert [entry.logprob for entry in drawn.logprobs.top] == pytest.approx(expected[order[:5]], abs=1e-4)
-        sampler.close()
-        model.place([Place(slot=0, source=0, keep_tokens=0)])
-
-
-def test_logprobs_of_equals_come_in_the_order_of_their_ids() -> None:
-    logits = np.zeros(50, dtype=np.float32)
-    logits[40] = 1.0
-    found = logprobs(logits, 3, 4, lambda _: b"")
-    assert [entry.token_id for entry in found.top] == [40, 0, 1, 2]
-    assert logprobs(logits, 3, 0, lambda _: b"").top == ()
-
-
-def test_seeds_are_well_mixed() -> None:
-    drawn = {draw_seed(seed, index) for seed in range(100) for index in range(100)}
-    assert len(drawn) > 9990
-    assert all(0 <= value < 1 << 32 for value in drawn)

@@ -128,9 +128,6 @@ class FakeSampler:
             return _EOS
         return _FIRST_WORD + token_at(self._digest, index, len(_WORDS))
 
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 def _equal(token: int) -> TokenLogprob:
     """Every word is as likely as the others."""

@@ -1,6 +1,6 @@
 """llama.cpp behind plain types: the only module that imports llama_cpp.
 
-Owns: the model, the context, its batch, samplers, pieces of tokens, the library's log. Must not: schedule,
+Owns: the model, the context, its batch, pieces of tokens, the library's log. Must not: schedule,
 speak to the host, or know what a generation is. One thread owns a LlamaModel.
 
 The KV cache is one stream a slot (``kv_unified`` off) with flash attention. Up to ``EXACT_TOKENS``, prompt
@@ -32,15 +32,15 @@ import numpy as np
 from fieldmesh.core.errors import ConfigError, Internal, ModelFileInvalid
 from fieldmesh.core.model import Adapter, Sampling
 from fieldmesh.core.steps import Place, Slice
+from fieldmesh.engine.drawing import Sampler
 from fieldmesh.engine.embeddings import Pooling
 from fieldmesh.engine.encoder import Encoder, Rows, pooling_of
 from fieldmesh.engine.grammars import Vocabulary
-from fieldmesh.engine.likelihood import Logits, logprobs
-from fieldmesh.engine.loop import Drawn, Walk
+from fieldmesh.engine.likelihood import Logits
+from fieldmesh.engine.loop import Walk
 from fieldmesh.engine.settings import EngineSettings
 
 LOG_LINES_MAX = 20
-PENALTY_WINDOW_TOKENS = 1024
 PIECE_BYTES_MAX = 512
 EXACT_TOKENS = 256
 PIECE_TOKENS = 63
@@ -94,6 +94,7 @@ class LlamaModel:
         self._batch = lib.llama_batch_init(settings.step_tokens_max, 0, 1)
         self._copy = memoryview(bytearray())
         self._copied = -1
+        self._row_type = ctypes.c_float * self.vocabulary_tokens
         self._parked: dict[int, memoryview] = {}
         self._pieces: dict[int, bytes] = {}
         self._settings = settings
@@ -350,19 +351,15 @@ class LlamaModel:
         prompt: Sequence[int],
         walk: Walk | None = None,
     ) -> Sampler:
-        """A sampler that continues after ``resumed`` tokens. The caller closes it."""
+        """A sampler that continues after ``resumed`` tokens."""
         return Sampler(self, sampling, seed, resumed, prompt, walk)
 
     def logits(self, row: int) -> Logits:
         """The logits of one row of the last step, in the library's own memory: the next step overwrites them,
         and what draws from them may."""
-        pointer = lib.llama_get_logits_ith(self._context, row)
-        logits: Logits = np.ctypeslib.as_array(pointer, (self.vocabulary_tokens,))
-        return logits
-
-    def choose(self, chain: lib.llama_sampler_p, row: int) -> int:
-        """The token that a chain of samplers draws from one row, accepted by the chain."""
-        return int(lib.llama_sampler_sample(chain, self._context, row))
+        address = ctypes.addressof(lib.llama_get_logits_ith(self._context, row).contents)
+        memory = memoryview(self._row_type.from_address(address))
+        return np.ndarray(self.vocabulary_tokens, np.float32, memory)
 
     def close(self) -> None:
         """Free everything."""
@@ -387,122 +384,6 @@ class _Weights:
         self._contexts -= 1
         if not self._contexts:
             lib.llama_model_free(self._model)
-
-
-class Sampler:
-    """Draws tokens for one generation.
-
-    The draw for token ``index`` depends on logits, parameters, seed and index alone, never on how many
-    draws were made before in this process: a resumed stream draws what the interrupted one would have.
-    """
-
-    def __init__(
-        self,
-        model: LlamaModel,
-        sampling: Sampling,
-        seed: int,
-        resumed: Sequence[int],
-        prompt: Sequence[int],
-        walk: Walk | None,
-    ) -> None:
-        self._model = model
-        self._walk = walk
-        self._sampling = sampling
-        self._seed = seed
-        self._banned_always = np.array(
-            sorted(model.end_tokens) if sampling.ignore_eos else [], dtype=np.int64
-        )
-        self._banned_early = np.array(sorted(model.end_tokens | {*sampling.stop_token_ids}), dtype=np.int64)
-        self._biased = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
-        self._biases = np.array([bias for _, bias in sampling.logit_bias], dtype=np.float32)
-        repeats = sampling.repetition_penalty != 1.0
-        counts = bool(sampling.frequency_penalty or sampling.presence_penalty)
-        self._plain = sampling.temperature == 0 and not repeats and not counts
-        self._chain = None if self._plain else self._new_chain(repeats, counts, resumed, prompt)
-
-    def _new_chain(
-        self, repeats: bool, counts: bool, resumed: Sequence[int], prompt: Sequence[int]
-    ) -> lib.llama_sampler_p:
-        """Penalties, top-k, top-p, min-p, temperature: llama.cpp's usual order. ``draw`` adds the rest."""
-        sampling, window = self._sampling, PENALTY_WINDOW_TOKENS
-        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        size = self._model.vocabulary_tokens
-        if repeats:  # counts the prompt too, as transformers and vLLM do
-            penalty = lib.llama_sampler_init_penalties(size, window, sampling.repetition_penalty, 0.0, 0.0)
-            for token in prompt[-window:]:
-                lib.llama_sampler_accept(penalty, token)
-            lib.llama_sampler_chain_add(chain, penalty)
-        if counts:  # the answer alone, as OpenAI defines them
-            penalty = lib.llama_sampler_init_penalties(
-                size, window, 1.0, sampling.frequency_penalty, sampling.presence_penalty
-            )
-            lib.llama_sampler_chain_add(chain, penalty)
-        for token in resumed:
-            lib.llama_sampler_accept(chain, token)
-        if sampling.temperature > 0:
-            if sampling.top_k > 0:
-                lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(sampling.min_p, 1))
-            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
-        return chain
-
-    def draw(self, row: int, index: int, forced: int | None = None) -> Drawn:
-        """The token that follows, from the last step's logits at ``row``. Raises ConstraintInvalid."""
-        logits, wanted = self._model.logits(row), self._sampling.logprobs
-        raw = None if wanted is None else logits.copy()
-        drawn = self._draw(logits, row, index) if forced is None else self._accept(forced)
-        if raw is None or wanted is None:
-            return drawn
-        return replace(drawn, logprobs=logprobs(raw, drawn.token_id, wanted, self._model.piece))
-
-    def _accept(self, token: int) -> Drawn:
-        if self._chain is not None:
-            lib.llama_sampler_accept(self._chain, token)
-        return Drawn(token)
-
-    def _draw(self, logits: Logits, row: int, index: int) -> Drawn:
-        logits[self._biased] += self._biases
-        banned = self._banned_early if index < self._sampling.min_tokens else self._banned_always
-        if self._walk is None:
-            logits[banned] = -np.inf
-            return Drawn(self._choose(row, index))
-        allowed = self._walk.allowed()[: len(logits)]
-        logits[~allowed] = -np.inf
-        if np.count_nonzero(allowed) > np.count_nonzero(allowed[banned]):  # else only the end is left
-            logits[banned] = -np.inf
-        token = self._choose(row, index)
-        self._walk.take(token)
-        return Drawn(token, ends=self._walk.ended)
-
-    def _choose(self, row: int, index: int) -> int:
-        model, sampling = self._model, self._sampling
-        if self._plain:
-            return int(model.logits(row).argmax())
-        last = (
-            lib.llama_sampler_init_dist(draw_seed(self._seed, index))
-            if sampling.temperature > 0
-            else lib.llama_sampler_init_greedy()
-        )
-        lib.llama_sampler_chain_add(self._chain, last)
-        token = model.choose(self._chain, row)
-        count = lib.llama_sampler_chain_n(self._chain)
-        lib.llama_sampler_free(lib.llama_sampler_chain_remove(self._chain, count - 1))
-        return token
-
-    def close(self) -> None:
-        """Free the chain; the sampler is of no use afterwards."""
-        if self._chain is not None:
-            lib.llama_sampler_free(self._chain)
-            self._chain = None
-
-
-def draw_seed(seed: int, index: int) -> int:
-    """32 well-mixed bits of (seed, index): splitmix64's finaliser (Steele, Lea, Flood 2014)."""
-    mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return (mixed ^ (mixed >> 31)) >> 32
 
 
 def passes(slices: Sequence[Slice], *, exact: bool) -> list[list[Slice]]:

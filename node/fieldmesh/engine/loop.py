@@ -106,10 +106,6 @@ class Draws(Protocol):
         must be. Raises ConstraintInvalid where its constraint turns out to be too costly."""
         ...
 
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
-
 
 class Model(Protocol):
     """What the loop needs of a model. ``end_tokens`` end a generation unless it ignores them."""
@@ -225,11 +221,9 @@ class EngineLoop:
         return Snapshot(slot, header)
 
     def close(self) -> None:
-        """End what runs beside the loop, and what it computes."""
+        """End what runs beside the loop."""
         if self._moves is not None:
             self._moves.close()
-        for generation_id in tuple(self._generations):
-            self._forget(generation_id)
 
     @property
     def has_chat_template(self) -> bool:
@@ -266,7 +260,7 @@ class EngineLoop:
                 self.embeddings.cancel(command.key)
                 self._uncompiled.pop(command.key, None)
                 self.batcher.cancel(str(command.key))
-                self._forget(str(command.key))
+                self._generations.pop(str(command.key), None)
                 return [self.statistics()]
             case Pause():
                 self.batcher.pause(str(command.key))
@@ -475,7 +469,7 @@ class EngineLoop:
         if self._moves:
             self._moves.carry_out(plan)
         for generation_id in plan.expired:
-            generation = self._forget(generation_id)
+            generation = self._generations.pop(generation_id, None)
             if generation is not None:
                 error = DeadlineExceeded(
                     f"the deadline passed after {generation.index} of {generation.sampling.max_tokens} tokens"
@@ -501,7 +495,7 @@ class EngineLoop:
                 except ConstraintInvalid as error:
                     reports.append(failed(generation.key, error))
                     self.batcher.cancel(piece.id)
-                    self._forget(piece.id)
+                    self._generations.pop(piece.id, None)
         now = clock()
         for output in self.batcher.commit(sampled, now):
             reports.extend(self._report(output))
@@ -541,7 +535,7 @@ class EngineLoop:
         if output.finish is None:
             return [Tokens(key, first, tokens, text, generation.logprobs, reasoning, calls)]
         assert output.usage is not None
-        self._forget(output.id)
+        self._generations.pop(output.id, None)
         last_reasoning, last_text, last_calls = generation.stream.finish()
         completion = Completion(
             finish_reason=_reason(output.finish, generation.stream),
@@ -552,12 +546,6 @@ class EngineLoop:
         reasoning, text, calls = reasoning + last_reasoning, text + last_text, merged((*calls, *last_calls))
         last = Tokens(key, first, tokens, text, generation.logprobs, reasoning, calls)
         return [last, Done(key, completion)]
-
-    def _forget(self, generation_id: str) -> Generation | None:
-        generation = self._generations.pop(generation_id, None)
-        if generation is not None:
-            generation.sampler.close()
-        return generation
 
     def statistics(self) -> Statistics:
         """How busy the engine is."""
