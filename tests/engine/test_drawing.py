@@ -147,6 +147,13 @@ def test_of_equals_top_k_leaves_the_first() -> None:
 
 
 @both
+def test_a_model_that_computes_no_numbers_still_answers(logits: Logits) -> None:
+    broken = np.full_like(logits, np.nan)
+    for sampling in (Sampling(), WARM, GREEDY, replace(WARM, top_p=0.5), replace(WARM, min_p=0.5)):
+        assert 0 <= draws(broken, sampling, 1)[0] < len(logits)
+
+
+@both
 def test_temperature_zero_and_top_k_one_take_the_likeliest(logits: Logits) -> None:
     assert draws(logits, GREEDY, 3) == [int(logits.argmax())] * 3
     assert draws(logits, replace(WARM, top_k=1), 8) == [int(logits.argmax())] * 8

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PENALTY_WINDOW_TOKENS = 1024
 _GROUPS = 1024
 """A long row is first looked at in so many groups: one number each is found in a tenth of the time of all."""
+_FORBIDDEN = np.finfo(np.float32).min
+"""What is below it is minus infinity."""
 _FLOORS = (1e-3, 1e-5, 0.0)
 """Tokens less likely than the likeliest by this factor are not even sorted, while the others suffice."""
 
@@ -151,6 +153,8 @@ def choose(logits: Logits, sampling: Sampling, at: float) -> int:
         ids, total = _above_floor(logits, sampling)
     else:
         return _place(np.exp((logits - logits.max()) / np.float32(sampling.temperature)), at)
+    if not len(ids):  # a broken model, which computes what is not a number
+        return int(logits.argmax())
     among = logits[ids].astype(np.float64)
     among -= among[0]
     left = len(ids)
@@ -186,7 +190,8 @@ def _likeliest(logits: Logits, count: int) -> Ids:
     # The count-th highest of the groups is no higher than that of all: few are left to be sorted.
     highs = _grouped(logits).max(axis=0) if count <= _GROUPS < len(logits) else logits.copy()
     highs.partition(len(highs) - count)
-    return _sorted(logits, (logits >= highs[-count]).nonzero()[0])[:count]
+    least = max(highs[-count], _FORBIDDEN)
+    return _sorted(logits, (logits >= least).nonzero()[0])[:count]
 
 
 def _grouped(row: Logits) -> np.ndarray[Any, Any]:
