@@ -92,6 +92,14 @@ async def test_a_killed_process_ends_its_jobs_and_is_replaced(engine: EngineProc
     await ask(engine, job("after"))
 
 
+async def test_an_instruction_that_the_processor_lacks_is_explained(engine: EngineProcess) -> None:
+    stream = await paused_job(engine, "j")
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGILL)
+    with pytest.raises(EngineLost, match=r"signal 4: .* another processor, .* make install"):
+        await drain(stream)  # type: ignore[arg-type]
+
+
 async def test_a_lost_engine_refuses_and_does_not_look_idle(engine: EngineProcess) -> None:
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
