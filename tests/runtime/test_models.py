@@ -39,7 +39,7 @@ from tests.runtime.test_node import FAST, Site, new_site, tiny, until
 
 __all__ = ["tiny"]
 
-ROOM_FOR_ONE = EngineSlice(memory_mib_max=71)
+ROOM_FOR_ONE = EngineSlice(memory_mib_max=74)
 ROOM_FOR_BOTH = EngineSlice(memory_mib_max=100)
 """Not twice as much: they run one file, so that they have its weights and a process in common."""
 
