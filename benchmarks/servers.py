@@ -106,9 +106,9 @@ class Ours:
         return self._cluster
 
     async def __aenter__(self) -> Self:
-        for box in self._cluster.boxes.values():
-            self._cluster.start(box)
         try:
+            for box in self._cluster.boxes.values():
+                self._cluster.start(box)
             await asyncio.to_thread(self._cluster.wait_formed)
         except BaseException as error:
             await self.__aexit__(type(error), error, error.__traceback__)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
 
-from fieldmesh.engine.memory import memory_free_bytes
+from fieldmesh.engine.memory import give_back_file, memory_free_bytes
 
 MIB = 1 << 20
 
@@ -52,3 +53,28 @@ def test_a_limit_that_is_exceeded_leaves_nothing(root: Path) -> None:
 
 def test_where_nothing_is_known_nothing_is_refused(tmp_path: Path) -> None:
     assert memory_free_bytes(tmp_path) > 1 << 60
+
+
+# --- a mapped file -----------------------------------------------------------------------
+
+
+def mapped_kib(path: Path) -> int:
+    """How much of a file is in this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            return next(int(found.split()[1]) for found in lines if found.startswith("Rss:"))
+    raise AssertionError(f"{path} is not mapped")
+
+
+def test_a_file_that_was_read_is_given_back_and_still_there(tmp_path: Path) -> None:
+    path = tmp_path.resolve() / "a model.gguf"
+    path.write_bytes(b"weights!" * (MIB // 8))
+    link = tmp_path / "link.gguf"
+    link.symlink_to(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert bytes(mapped).count(b"weights!") == MIB // 8
+        assert mapped_kib(path) == MIB >> 10
+        give_back_file(str(link))
+        assert mapped_kib(path) == 0
+        assert mapped[-8:] == b"weights!"

@@ -11,27 +11,20 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fieldmesh.core.model import Sampling
-from fieldmesh.engine.likelihood import Logits, logprobs
+from fieldmesh.engine.likelihood import GROUPS, Ids, Logits, grouped, in_order, likeliest, logprobs
 from fieldmesh.engine.loop import Drawn
 
 if TYPE_CHECKING:
     from fieldmesh.engine.loop import Walk
 
 PENALTY_WINDOW_TOKENS = 1024
-_GROUPS = 1024
-"""A long row is first looked at in so many groups: one number each is found in a tenth of the time of all."""
-_FORBIDDEN = np.finfo(np.float32).min
-"""What is below it is minus infinity."""
 _FLOORS = (1e-3, 1e-5, 0.0)
 """Tokens less likely than the likeliest by this factor are not even sorted, while the others suffice."""
-
-
-Ids: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class Rows(Protocol):
@@ -139,7 +132,7 @@ class Window:
     @property
     def counts(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The tokens, and how often each was said."""
-        said = {token: times for token, times in self._counts.items() if times}
+        said = +self._counts
         return np.array([*said], dtype=np.int64), np.array([*said.values()], dtype=np.float32)
 
 
@@ -148,7 +141,7 @@ def choose(logits: Logits, sampling: Sampling, at: float) -> int:
     leaves, at its temperature, which is above 0."""
     total = 0.0
     if 0 < sampling.top_k < len(logits):
-        ids = _likeliest(logits, sampling.top_k)
+        ids = likeliest(logits, sampling.top_k)
     elif sampling.top_p < 1.0 or sampling.min_p > 0.0:
         ids, total = _above_floor(logits, sampling)
     else:
@@ -177,38 +170,19 @@ def _above_floor(logits: Logits, sampling: Sampling) -> tuple[Ids, float]:
         ids = np.flatnonzero(weights >= floor)
         if float(weights[ids].sum(dtype=np.float64)) >= sampling.top_p * total:
             break
-    return _sorted(logits, ids), total
-
-
-def _sorted(logits: Logits, ids: Ids) -> Ids:
-    """The likeliest first, equals by id: the same logits always give the same order."""
-    return ids[np.argsort(-logits[ids], kind="stable")]
-
-
-def _likeliest(logits: Logits, count: int) -> Ids:
-    """The ``count`` likeliest tokens."""
-    # The count-th highest of the groups is no higher than that of all: few are left to be sorted.
-    highs = _grouped(logits).max(axis=0) if count <= _GROUPS < len(logits) else logits.copy()
-    highs.partition(len(highs) - count)
-    least = max(highs[-count], _FORBIDDEN)
-    return _sorted(logits, (logits >= least).nonzero()[0])[:count]
-
-
-def _grouped(row: Logits) -> np.ndarray[Any, Any]:
-    """A column for each group, without the few tokens that are left over."""
-    return row[: len(row) - len(row) % _GROUPS].reshape(-1, _GROUPS)
+    return in_order(logits, ids), total
 
 
 def _place(weights: Logits, at: float) -> int:
     """Where ``at`` of the sum of the weights is reached; never at a weight of 0."""
-    if len(weights) <= _GROUPS:
+    if len(weights) <= GROUPS:
         return _reached(np.cumsum(weights, dtype=np.float64), at)[0]
-    groups = _grouped(weights)
+    groups = grouped(weights)
     sums = np.append(groups.sum(axis=0), weights[groups.size :].sum())
     group, at = _reached(np.cumsum(sums, dtype=np.float64), at)
-    if group == _GROUPS:
+    if group == GROUPS:
         return groups.size + _reached(np.cumsum(weights[groups.size :], dtype=np.float64), at)[0]
-    return group + _GROUPS * _reached(np.cumsum(groups[:, group], dtype=np.float64), at)[0]
+    return group + GROUPS * _reached(np.cumsum(groups[:, group], dtype=np.float64), at)[0]
 
 
 def _reached(sums: np.ndarray[Any, Any], at: float) -> tuple[int, float]:

@@ -18,12 +18,10 @@ neighbours.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import llama_cpp
 import llama_cpp.llama_cpp as lib
@@ -38,6 +36,7 @@ from fieldmesh.engine.encoder import Encoder, Rows, pooling_of
 from fieldmesh.engine.grammars import Vocabulary
 from fieldmesh.engine.likelihood import Logits
 from fieldmesh.engine.loop import Walk
+from fieldmesh.engine.memory import give_back_file
 from fieldmesh.engine.settings import EngineSettings
 
 LOG_LINES_MAX = 20
@@ -46,8 +45,6 @@ EXACT_TOKENS = 256
 PIECE_TOKENS = 63
 
 LIBRARY_VERSION: str = llama_cpp.__version__
-
-_libc = ctypes.CDLL(None)
 
 _KV_TYPES = {"f16": lib.GGML_TYPE_F16, "q8_0": lib.GGML_TYPE_Q8_0}
 
@@ -431,7 +428,7 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
     params.progress_callback = progress
     model = lib.llama_model_load_from_file(settings.model_path.encode(), params)
     del shares  # the library has read them
-    _let_go_of_file(settings.model_path)
+    give_back_file(settings.model_path)  # what was rearranged for this processor is read there no more
     if not model:
         raise ModelFileInvalid(
             f"llama.cpp cannot load {settings.model_path}: {'; '.join(_log_lines) or 'no reason given'}; "
@@ -439,17 +436,6 @@ def _load_model(settings: EngineSettings, on_progress: Callable[[float], None]) 
             field="model_path",
         )
     return model
-
-
-def _let_go_of_file(path: str) -> None:
-    """Give back the mapped pages of a file that was read. Weights that the library has rearranged for this
-    processor are read there no more; the others come back from the page cache when they are used."""
-    maps, real = Path("/proc/self/maps"), str(Path(path).resolve())
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        addresses, *_, mapped = line.split(maxsplit=5)
-        if mapped == real:
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _gpu_params(params: lib.llama_model_params, settings: EngineSettings) -> object:

@@ -1,14 +1,17 @@
 """How much memory this process may still take. Owns: reading what the box has free and what cgroups (v1 and
-v2) leave of it, and what another process takes. Must not: decide what to do with it.
+v2) leave of it, and what another process takes, and giving pages back. Must not: decide what to do with it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 
 from fieldmesh.engine.cores import own_groups, read_text
 
 _UNKNOWN = 1 << 62
+_libc = ctypes.CDLL(None)
 
 
 def memory_free_bytes(root: Path = Path("/")) -> int:
@@ -25,6 +28,22 @@ def resident_bytes(pid: int, root: Path = Path("/")) -> int:
         if name == "VmRSS" and (words := rest.split()) and words[0].isdigit():
             return int(words[0]) << 10
     return 0
+
+
+def advise(address: int, length_bytes: int, advice: int) -> None:
+    """madvise(2), from a page's beginning; advice that the kernel does not know changes nothing."""
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length_bytes), advice)
+
+
+def give_back_file(path: str) -> None:
+    """Let go of the pages of a mapped file that was read: they count for this process no more, and come back
+    from the page cache when they are used."""
+    real = str(Path(path).resolve())
+    for line in read_text(Path("/proc/self/maps")).splitlines():
+        addresses, *_, mapped = line.split(maxsplit=5)
+        if mapped == real:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            advise(start, end - start, mmap.MADV_DONTNEED)
 
 
 def _box(root: Path) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fieldmesh.core.errors import FieldmeshError, StateRefused
+from fieldmesh.engine.memory import advise
 from fieldmesh.engine.states import (
     PREFIX_BYTES,
     Head,
@@ -36,7 +37,6 @@ FILES_MAX = 512
 """Above what any budget of bytes is for; without a folder each is an open file."""
 BLOCK_BYTES = 1 << 20
 _MADV_POPULATE_WRITE = 23
-_LIBC = ctypes.CDLL(None)
 _NAME = re.compile(r"[0-9a-f]{32}\.state(\.part)?")
 
 
@@ -102,7 +102,7 @@ class StateStore:
         for offset in range(start - start % mmap.PAGESIZE, end, BLOCK_BYTES):
             length = min(BLOCK_BYTES, len(self._view) - offset)
             # Changes no byte, so that a state may arrive meanwhile; before Linux 5.14 it does nothing.
-            _LIBC.madvise(ctypes.c_void_p(base + offset), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+            advise(base + offset, length, _MADV_POPULATE_WRITE)
 
     # --- transfers --------------------------------------------------------------------------
 
