@@ -343,6 +343,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[list[Row]]]] = {
     "prompt_lookup": alone(inside.prompt_lookup),
     "step_overhead": alone(inside.step_overhead),
     "state_move": alone(inside.state_move),
+    "state_stall": alone(inside.state_stall),
     "cold_start": alone(inside.cold_start),
 }
 BESIDE_LLAMA_CPP = {"loads", "shared", "under_prefill"}

@@ -5,15 +5,19 @@ Owns: the measures of benchmarks.engine that need no other server. Must not: run
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from benchmarks.report import Row
 from fieldmesh.core.model import Chunk, Constraint, ConstraintKind, Message, Prompt, Sampling
@@ -25,8 +29,11 @@ from fieldmesh.engine.loop import EngineLoop
 from fieldmesh.engine.port import Job, JobEvent
 from fieldmesh.engine.settings import EngineSettings
 
+Moved = TypeVar("Moved")
+
 SEQUENCES = 8
 MOVED_TOKENS = 1000
+STEPS_WATCHED = 40
 STATE_BYTES_MAX = 1 << 28
 EDITED = (
     "The ferry leaves the north pier at nine in the morning and reaches the island shortly before noon. "
@@ -167,6 +174,73 @@ async def state_move(model: Path, rounds: int, threads: int) -> list[Row]:
             f"{ratios[0]:.3f} to {ratios[-1]:.3f}",
         )
     ]
+
+
+async def state_stall(model: Path, rounds: int, threads: int) -> list[Row]:
+    """What four running streams notice when a sequence of 1,000 tokens is taken out of their engine, and when
+    it is put into theirs: their longest gap then, beyond the usual one."""
+    settings = settings_of(model, threads, slots=8, state_bytes_max=STATE_BYTES_MAX)
+    out, into = [], []
+    async with two_engines(settings, settings) as engines:
+        vocabulary = engines[0].info.vocabulary_tokens if engines[0].info else 1
+        for number in range(2 * rounds):
+            here, there = engines if number % 2 else reversed(engines)
+            rng = Random(number)
+            sampling = Sampling(temperature=0.0, max_tokens=400, ignore_eos=True)
+            tokens = tuple(rng.randrange(vocabulary) for _ in range(MOVED_TOKENS))
+            job = Job(generation_id=f"s{number}", prompt=Prompt(token_ids=tokens), sampling=sampling)
+            running = here.submit(job)
+            while not isinstance(await anext(running), Chunk):
+                pass
+            async with _streams(here, f"out{number}") as arrivals:
+                state, stall_ms = await _stall_ms(arrivals, partial(here.export, f"s{number}"))
+                out.append(stall_ms)
+            await running.aclose()  # type: ignore[attr-defined]
+            async with _streams(there, f"in{number}") as arrivals:
+                into.append((await _stall_ms(arrivals, partial(there.import_, state)))[1])
+    return [
+        Row(
+            measure=f"state_{way}_stall_ms",
+            unit="ms",
+            ours=statistics.median(stalls),
+            aim=20.0,
+            note=f"{min(stalls):.1f} to {max(stalls):.1f}",
+        )
+        for way, stalls in (("export", out), ("import", into))
+    ]
+
+
+@asynccontextmanager
+async def _streams(engine: EngineProcess, name: str) -> AsyncIterator[asyncio.Queue[float]]:
+    """Four streams of one engine; when each token of the last of them comes."""
+    sampling = Sampling(temperature=0.0, max_tokens=1000, ignore_eos=True)
+    arrivals: asyncio.Queue[float] = asyncio.Queue()
+
+    async def stream(number: int) -> None:
+        job = Job(generation_id=f"{name}-{number}", prompt=Prompt(text="Once"), sampling=sampling)
+        async for event in engine.submit(job):
+            if number == 3 and isinstance(event, Chunk):
+                arrivals.put_nowait(time.perf_counter())
+
+    tasks = [asyncio.create_task(stream(number)) for number in range(4)]
+    try:
+        yield arrivals
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _stall_ms(
+    arrivals: asyncio.Queue[float], act: Callable[[], Awaitable[Moved]]
+) -> tuple[Moved, float]:
+    """Do something beside streams: the longest gap between two tokens meanwhile and in the five steps after
+    it, beyond the usual one."""
+    before = [await arrivals.get() for _ in range(STEPS_WATCHED)][STEPS_WATCHED // 2 :]
+    moved = await act()
+    after = [before[-1], *[await arrivals.get() for _ in range(arrivals.qsize() + 5)]]
+    usual = statistics.median(late - early for early, late in pairwise(before))
+    return moved, 1000 * (max(late - early for early, late in pairwise(after)) - usual)
 
 
 async def _first_token_s(engine: EngineProcess, job: Job, begun: float) -> float:

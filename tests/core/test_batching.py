@@ -675,6 +675,83 @@ def test_reuse_can_be_turned_off_for_models_whose_cache_cannot_be_cut() -> None:
     assert [p.tokens for p in drive.plans if p.places] == [50, 50]
 
 
+LONG = replace(CONFIG, context_tokens=1024, cells_total=4 * 1024, prefill_tokens=256, mixed_tokens=128)
+
+
+def computed(plans: list[StepPlan]) -> list[tuple[int, int]]:
+    """Position and length of all slices of prompts."""
+    return [(s.position, len(s.token_ids)) for p in plans for s in p.slices if not s.decodes]
+
+
+@pytest.mark.parametrize(
+    ("behind", "question", "slice_"),
+    [
+        (400, 50, (386, 64)),
+        (400, 63, (399, 64)),
+        (400, 64, (400, 64)),
+        (400, 47, (400, 47)),
+        (272, 48, (256, 64)),
+        (271, 48, (271, 48)),
+    ],
+)
+def test_a_question_that_is_nearly_a_tile_becomes_one_behind_a_long_prefix(
+    behind: int, question: int, slice_: tuple[int, int]
+) -> None:
+    drive = Drive(LONG)
+    drive.submit(work("a", prompt=behind, tokens_max=1))
+    drive.run()
+    drive.plans.clear()
+    drive.submit(work("b", prompt=behind + question, tokens_max=1))
+    drive.run()
+    assert computed(drive.plans) == [slice_]
+    usage = drive.outputs[-1].usage
+    assert usage is not None
+    assert usage.cached_tokens == slice_[0]
+
+
+def test_no_prefix_is_shortened_where_a_step_has_no_room_for_a_tile() -> None:
+    drive = Drive(replace(LONG, mixed_tokens=32))
+    drive.submit(work("a", prompt=400, tokens_max=1), work("long", first=5000, tokens_max=50))
+    while drive.tokens_of("long") < 5 or drive.tokens_of("a") < 1:
+        drive.step()
+    drive.plans.clear()
+    drive.submit(work("b", prompt=450, tokens_max=1))
+    drive.step()
+    assert computed(drive.plans) == [(400, 31)]
+
+
+def test_no_saved_state_and_none_that_cannot_be_cut_is_shortened() -> None:
+    stored = replace(LONG, slots=1, cells_total=1024, stored_cells=2048, restore_tokens_min=16)
+    for config in (stored, replace(stored, cuttable=False)):
+        drive = Drive(config)
+        drive.submit(work("a", prompt=400, tokens_max=1))
+        drive.run()
+        drive.submit(work("other", prompt=400, first=5000, tokens_max=1))
+        drive.run()
+        drive.plans.clear()
+        drive.submit(work("b", prompt=450, tokens_max=1))
+        drive.run()
+        assert computed(drive.plans) == [(400, 50)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slices"),
+    [
+        (256 + 60, [(0, 256), (256, 60)]),
+        (512 + 60, [(0, 256), (256, 252), (508, 64)]),
+        (512 + 47, [(0, 256), (256, 256), (512, 47)]),
+        (512 + 64, [(0, 256), (256, 256), (512, 64)]),
+    ],
+)
+def test_the_last_piece_of_a_prompt_is_a_tile_rather_than_nearly_one(
+    prompt: int, slices: list[tuple[int, int]]
+) -> None:
+    drive = Drive(LONG)
+    drive.submit(work("a", prompt=prompt, tokens_max=1))
+    drive.run()
+    assert computed(drive.plans) == slices
+
+
 def test_new_work_overwrites_the_prefix_used_least_recently() -> None:
     drive = Drive()
     for i in range(CONFIG.slots):
