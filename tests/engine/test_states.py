@@ -133,6 +133,23 @@ async def test_every_single_damaged_byte_of_the_head_is_noticed(
             await pair[1].import_(SequenceState(state.header, data))
 
 
+async def test_the_oldest_states_make_room_for_those_that_come(
+    pair: tuple[EngineProcess, EngineProcess], tiny_model: Path
+) -> None:
+    states = [await exported(pair[0], replace(SEEDED, seed=seed), f"seed-{seed}") for seed in range(4)]
+    room = max(len(state.envelope) for state in states) * 5 // 2
+    engine = EngineProcess(settings(tiny_model, state_bytes_max=room))
+    await engine.start()
+    try:
+        for state in states:
+            await engine.import_(state)
+        before = engine.tally.prefix_hit_tokens
+        await ask(engine, states[-1].job("goes on"))
+        assert engine.tally.prefix_hit_tokens - before == len(PROMPT)
+    finally:
+        await engine.close()
+
+
 async def test_an_engine_that_keeps_no_states_says_so(tiny_model: Path) -> None:
     engine = EngineProcess(settings(tiny_model, state_bytes_max=0))
     await engine.start()

@@ -298,6 +298,10 @@ class Residency:
         assert self._phase is Phase.FOREIGN
         self._phase = Phase.FREE
 
+    def clear(self, cells: int) -> tuple[str, ...]:
+        """Forget saved states until there is room for ``cells`` more, as far as nobody waits for them."""
+        return self.stored.evict(cells) or ()
+
     def adopt(self, adapter: str, tokens: Sequence[int]) -> bool:
         """Know a state that is already written down; False where there is no room for it."""
         name = state_name(adapter, tokens)

@@ -13,19 +13,24 @@ from typing import Any, TypeVar
 
 from fieldmesh.core.errors import StateRefused
 from fieldmesh.engine.frames import Command, Export, Exported, Import
-from fieldmesh.engine.states import SequenceState, unpacked
+from fieldmesh.engine.states import Envelope, SequenceState, blocks, room, unpacked
 
-BLOCK_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
 
 class Exchange:
-    """The host's side. ``asked`` sends a command under a key of its own and returns the report on it."""
+    """The host's side. ``asked`` sends a command under a key of its own and returns the report on it;
+    ``running`` says how many streams there are, which a transfer should not be felt by."""
 
     def __init__(
-        self, asked: Callable[[Callable[[int], Command]], Awaitable[Any]], *, bytes_max: int
+        self,
+        asked: Callable[[Callable[[int], Command]], Awaitable[Any]],
+        *,
+        bytes_max: int,
+        running: Callable[[], int],
     ) -> None:
         self._asked = asked
+        self._running = running
         self._bytes_max = bytes_max
         self._fd = -1
         self._turn = asyncio.Lock()
@@ -69,29 +74,28 @@ class Exchange:
         async with self._turn:
             try:
                 answer: Exported = await self._asked(lambda key: Export(key, generation))
-                envelope = await asyncio.to_thread(_read, self.fd, answer.size)
+                envelope = await asyncio.to_thread(_read, self.fd, answer.size, lambda: self._running() > 1)
             finally:
                 self._empty()
         return SequenceState(unpacked(envelope, len(envelope)).header, envelope)
 
-    async def _import(self, envelope: bytes | bytearray) -> None:
+    async def _import(self, envelope: Envelope) -> None:
         async with self._turn:
             try:
-                await asyncio.to_thread(_write, self.fd, envelope)
+                await asyncio.to_thread(_write, self.fd, envelope, lambda: self._running() > 0)
                 await self._asked(lambda key: Import(key, len(envelope)))
             finally:
                 self._empty()
 
 
-def _read(fd: int, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    for start in range(0, size, BLOCK_BYTES):
-        os.preadv(fd, [view[start : start + BLOCK_BYTES]], start)
+def _read(fd: int, size: int, beside_streams: Callable[[], bool]) -> Envelope:
+    data, start = room(size), 0
+    for block in blocks(memoryview(data), beside_streams):
+        start += os.preadv(fd, [block], start)
     return data
 
 
-def _write(fd: int, data: bytes | bytearray) -> None:
-    view = memoryview(data)
-    for start in range(0, len(view), BLOCK_BYTES):
-        os.pwrite(fd, view[start : start + BLOCK_BYTES], start)
+def _write(fd: int, data: Envelope, beside_streams: Callable[[], bool]) -> None:
+    start = 0
+    for block in blocks(memoryview(data), beside_streams):
+        start += os.pwrite(fd, block, start)

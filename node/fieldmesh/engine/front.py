@@ -65,7 +65,11 @@ class EngineFront(ABC):
         self.fingerprint_hint = ""
         self._watch = LoadWatch(settings)
         self._questions: dict[int, asyncio.Future[Report]] = {}
-        self._exchange = Exchange(self._asked, bytes_max=settings.state_bytes_max)
+        self._exchange = Exchange(
+            self._asked,
+            bytes_max=settings.state_bytes_max,
+            running=lambda: self._watch.load.running,
+        )
         self._streams = Streams(
             self._send,
             jobs_max=settings.slots + settings.queue_max,

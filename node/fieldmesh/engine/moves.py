@@ -100,6 +100,8 @@ class Moves:
 
     def carry_out(self, plan: StepPlan) -> None:
         """What a plan orders, before its places."""
+        others = len(plan.slices) - (1 if isinstance(self._moving, Export) else 0)  # it waits for itself
+        self._store.beside_streams = others > 0
         for name in plan.drops:
             self._store.drop(name)
         if (save := plan.save) is not None:
@@ -139,6 +141,8 @@ class Moves:
 
     def _begin(self, command: Export | Import) -> list[Report]:
         if isinstance(command, Import):
+            for name in self._cache.clear(command.size // self._cell_bytes + 1):
+                self._store.drop(name)
             self._store.import_(
                 self._exchange_fd,
                 command.size,

@@ -18,14 +18,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from fieldmesh.core.errors import FieldmeshError, StateRefused
 from fieldmesh.engine.memory import advise
 from fieldmesh.engine.states import (
+    BLOCK_BYTES,
     PREFIX_BYTES,
     Head,
     StateHeader,
+    blocks,
     demand_digest,
     demand_fingerprint,
     head_bytes,
@@ -35,7 +38,6 @@ from fieldmesh.engine.states import (
 
 FILES_MAX = 512
 """Above what any budget of bytes is for; without a folder each is an open file."""
-BLOCK_BYTES = 1 << 20
 _MADV_POPULATE_WRITE = 23
 _NAME = re.compile(r"[0-9a-f]{32}\.state(\.part)?")
 
@@ -77,6 +79,7 @@ class StateStore:
         self._loaded_bytes = 0
         self._sizes: dict[str, int] = {}
         self._fds: dict[str, int] = {}
+        self.beside_streams = False
         self._finished: deque[Finished] = deque()  # bounded: one transfer at a time
 
     # --- the buffer -------------------------------------------------------------------------
@@ -162,22 +165,25 @@ class StateStore:
 
     # --- in the thread ----------------------------------------------------------------------
 
+    def _beside(self) -> bool:
+        return self.beside_streams
+
     def _write(self, name: str, header: StateHeader) -> Finished:
         state = self._view[: header.state_bytes]
-        before = sealed(header, state)
+        before = sealed(header, state, self._beside)
         size = len(before) + len(state)
         if self.bytes + size > self.bytes_max or len(self._sizes) >= FILES_MAX:
             raise StateRefused("there is no room for another saved state")
         if self._folder is None:
             fd = os.memfd_create("state")
             self._fds[name] = fd
-            _write_all(fd, before, state)
+            _write_all(fd, before, state, self._beside)
         else:
             part = self._folder / f"{name}.state.part"
             try:
                 fd = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
                 with contextlib.closing(_Fd(fd)):
-                    _write_all(fd, before, state)
+                    _write_all(fd, before, state, self._beside)
                 part.rename(self._folder / f"{name}.state")
             except OSError:
                 part.unlink(missing_ok=True)
@@ -204,8 +210,8 @@ class StateStore:
         state = self.buffer(header.state_bytes)
         if state is None:
             raise StateRefused(f"a state of {header.state_bytes} bytes does not fit this engine")
-        _read_all(fd, state, head.start)
-        demand_digest(head, state)
+        _read_all(fd, state, head.start, self._beside)
+        demand_digest(head, state, self._beside)
         self._loaded_bytes = header.state_bytes
         return header
 
@@ -217,8 +223,8 @@ class StateStore:
 
     def _copy_out(self, fd: int, header: StateHeader) -> Finished:
         state = self._view[: header.state_bytes]
-        before = sealed(header, state)
-        _write_all(fd, before, state)
+        before = sealed(header, state, self._beside)
+        _write_all(fd, before, state, self._beside)
         return Finished("export", header=header, size=len(before) + len(state))
 
     def _take_in(self, fd: int, size: int, name_of: Callable[[StateHeader], str]) -> Finished:
@@ -272,19 +278,19 @@ class _Fd:
         os.close(self._fd)
 
 
-def _write_all(fd: int, *parts: bytes | memoryview) -> None:
-    """Write parts one after the other from the beginning, in blocks: the GIL is free between and within."""
+def _write_all(fd: int, before: bytes, state: memoryview, beside_streams: Callable[[], bool]) -> None:
+    """Write both from the beginning."""
     offset = 0
-    for part in parts:
-        view = memoryview(part)
-        while len(view):
-            count = os.pwrite(fd, view[:BLOCK_BYTES], offset)
-            view, offset = view[count:], offset + count
+    for block in chain((memoryview(before),), blocks(state, beside_streams)):
+        while len(block):
+            count = os.pwrite(fd, block, offset)
+            block, offset = block[count:], offset + count
 
 
-def _read_all(fd: int, into: memoryview, offset: int) -> None:
-    while len(into):
-        count = os.preadv(fd, [into[:BLOCK_BYTES]], offset)
-        if not count:
-            raise StateRefused("the state is cut short")
-        into, offset = into[count:], offset + count
+def _read_all(fd: int, into: memoryview, offset: int, beside_streams: Callable[[], bool]) -> None:
+    for block in blocks(into, beside_streams):
+        while len(block):
+            count = os.preadv(fd, [block], offset)
+            if not count:
+                raise StateRefused("the state is cut short")
+            block, offset = block[count:], offset + count

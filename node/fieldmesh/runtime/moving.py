@@ -8,6 +8,7 @@ a job's tokens count whatever a state holds. Where no state can be had, its toke
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections.abc import AsyncGenerator, Callable
 
 import grpc
@@ -16,7 +17,7 @@ from fieldmesh.core.dispatch import Resumption
 from fieldmesh.core.errors import FieldmeshError, GenerationNotFound, InvalidRequest, StateRefused
 from fieldmesh.core.model import Address, Member, MeshView, NodeId, NodeState
 from fieldmesh.engine.front import EngineFront
-from fieldmesh.engine.states import SequenceState, unpacked
+from fieldmesh.engine.states import Envelope, SequenceState, room, unpacked
 from fieldmesh.rpc.errors import error_from_call
 from fieldmesh.runtime import log
 from fieldmesh.runtime.gate import Caller
@@ -104,9 +105,9 @@ class Moving:
         call: grpc.aio.UnaryStreamCall[peer_pb2.FetchStateRequest, peer_pb2.FetchStateResponse],
         peer: NodeId,
         bytes_max: int,
-    ) -> bytearray:
+    ) -> mmap.mmap:
         """The envelope that a peer sends. Raises StateRefused where it is not what it was announced to be."""
-        envelope: bytearray | None = None
+        envelope: mmap.mmap | None = None
         filled = 0
         async for response in call:
             self._bytes.received.add((peer, Lane.BULK.value), response.ByteSize())
@@ -115,7 +116,7 @@ class Moving:
                     raise StateRefused(
                         f"the state has {response.total_bytes} bytes; accepted are 1 to {bytes_max}"
                     )
-                envelope = bytearray(response.total_bytes)
+                envelope = room(response.total_bytes)
             piece = response.data
             if not 0 < len(piece) <= min(PIECE_BYTES_MAX, len(envelope) - filled):
                 raise StateRefused("the state came in pieces of other sizes than were announced")
@@ -169,7 +170,7 @@ class Moving:
         return next((m for m in self._view().members if m.id == node and m.state in _KNOWN), None)
 
 
-async def _pieces(envelope: bytes | bytearray) -> AsyncGenerator[peer_pb2.FetchStateResponse, None]:
+async def _pieces(envelope: Envelope) -> AsyncGenerator[peer_pb2.FetchStateResponse, None]:
     """An envelope cut up, at the pace that leaves room for others."""
     clock = asyncio.get_running_loop().time
     began, view = clock(), memoryview(envelope)
