@@ -19,7 +19,7 @@ from fieldmesh.core.model import Chunk, Completion, EngineState, Prompt, Samplin
 from fieldmesh.engine.host import EngineProcess
 from fieldmesh.engine.port import Job, JobEvent
 from fieldmesh.engine.settings import EngineSettings
-from fieldmesh.engine.states import SequenceState, unpacked
+from fieldmesh.engine.states import BLOCK_BYTES, SequenceState, blocks, unpacked
 from tests.engine.asking import ask, collect, job, wait_load
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -61,6 +61,14 @@ async def exported(engine: EngineProcess, sampling: Sampling, name: str) -> Sequ
     state = await engine.export(name)
     await running.aclose()  # type: ignore[attr-defined]
     return state
+
+
+@pytest.mark.parametrize("beside_streams", [True, False])
+async def test_a_state_is_handled_in_blocks_that_are_all_of_it(beside_streams: bool) -> None:
+    data = memoryview(bytes(range(256)) * (BLOCK_BYTES // 100))
+    cut = [bytes(block) for block in blocks(data, lambda: beside_streams)]
+    assert b"".join(cut) == data
+    assert [len(block) for block in cut] == [BLOCK_BYTES, BLOCK_BYTES, len(data) - 2 * BLOCK_BYTES]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

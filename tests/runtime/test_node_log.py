@@ -46,6 +46,13 @@ async def leads(node: Node) -> None:
             await node.council.wait_changed()
 
 
+async def knows_leader(node: Node) -> None:
+    """Return when the node has heard who leads, which may be as late as that."""
+    async with asyncio.timeout(20):
+        while node.council.view is None or node.council.view.leader is None:
+            await node.council.wait_changed()
+
+
 async def has(node: Node, revision: int) -> None:
     async with asyncio.timeout(20):
         while node.council.state.revision < revision:
@@ -64,7 +71,7 @@ async def test_nodes_find_the_log_that_one_of_them_founded(site: Site) -> None:
     two, three = await site.start("two"), await site.start("three")
     for node in (two, three):
         await seated(node, SeatKind.OBSERVER)
-    await leads(one)
+    await knows_leader(three)
     outcome = await put(three.council, "app/x", 1)
     assert (outcome.code, outcome.revision) == (Code.DONE, 1)
     for node in (one, two, three):

@@ -37,6 +37,8 @@ BLOCK_BYTES = 1 << 18
 REST = 3.0
 """Beside streams, how long is rested after each block, in times of what the block took. With 1, they notice
 as much as without; with 3, half as much."""
+RESTS_S_MAX = 1.0
+"""In all, for who waits for a large state would rather compute it again in the end."""
 PREFIX_BYTES = len(MAGIC) + _LENGTH_BYTES + _DIGEST_BYTES
 
 
@@ -162,12 +164,14 @@ def demand_digest(head: Head, state: memoryview, beside_streams: Callable[[], bo
 
 
 def blocks(data: memoryview, beside_streams: Callable[[], bool]) -> Iterator[memoryview]:
-    """A state in blocks, with a rest after each while streams run beside it."""
+    """A state in blocks, with a rest after each while streams run beside it, ``RESTS_S_MAX`` in all."""
+    left_s = RESTS_S_MAX
     for start in range(0, len(data), BLOCK_BYTES):
         began = time.perf_counter()
         yield data[start : start + BLOCK_BYTES]
-        if beside_streams():
-            time.sleep(REST * (time.perf_counter() - began))
+        rest_s = min(left_s, REST * (time.perf_counter() - began)) if beside_streams() else 0.0
+        left_s -= rest_s
+        time.sleep(rest_s)
 
 
 def _digest(body: bytes, state: memoryview, beside_streams: Callable[[], bool]) -> bytes:
