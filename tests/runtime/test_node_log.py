@@ -39,15 +39,8 @@ async def seated(node: Node, kind: SeatKind) -> None:
             await node.council.wait_changed()
 
 
-async def leads(node: Node) -> None:
-    """Return when the node leads its log: a disk may keep an election longer than a write waits for one."""
-    async with asyncio.timeout(20):
-        while not node.council.leading:
-            await node.council.wait_changed()
-
-
 async def knows_leader(node: Node) -> None:
-    """Return when the node has heard who leads, which may be as late as that."""
+    """Return when the node has heard who leads: a disk may keep an election longer than a write waits."""
     async with asyncio.timeout(20):
         while node.council.view is None or node.council.view.leader is None:
             await node.council.wait_changed()
